@@ -1,0 +1,58 @@
+# The same few commands for people and for CI. Nothing is needed beforehand but Python 3.10 to 3.13, git and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+# The first interpreter here that TensorFlow has wheels for; `make PYTHON=... test` overrides it.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+VENV ?= .venv
+EXTRA ?= cpu
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/installed-$(EXTRA)
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing into $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),dev,examples]"
+	@touch $@
+
+install: $(INSTALLED) ## make .venv and install the package with its development tools
+
+demo: $(INSTALLED) ## train the digits in three policies, compare, export, verify
+	@$(BIN)/python -m examples.digits
+
+test: $(INSTALLED) ## the test suite without the slow tests
+	@$(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED) ## the whole test suite
+	@$(BIN)/python -m pytest -n 2 -m 'slow or not slow'
+
+test-matrix: ## the suite on TensorFlow 2.20 and on 2.21
+	@for minor in 20 21; do \
+	  $(MAKE) --no-print-directory VENV=.venv-tf2$$minor install && \
+	  .venv-tf2$$minor/bin/python -m pip install --quiet "tensorflow-cpu==2.$$minor.*" && \
+	  .venv-tf2$$minor/bin/python -m pytest -n 2 || exit 1; \
+	done
+
+lint: $(INSTALLED) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+build: $(INSTALLED) ## wheel and sdist into dist/
+	@$(BIN)/python -m build
+
+clean: ## remove what the other commands made
+	rm -rf .venv .venv-tf2* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
+
+.PHONY: help install demo test test-all test-matrix lint format build clean

@@ -1,0 +1,21 @@
+"""Mixed-precision training for TensorFlow and Keras 3 that is fast, safe and provable."""
+
+from keras_mp import backend as _backend  # noqa: F401  (first: explains a missing TensorFlow)
+from keras_mp import errors, layers
+from keras_mp.export import ExportReport, export, verify_export
+from keras_mp.hardware import Hardware, detect
+from keras_mp.optimizer import LossScaleOptimizer
+from keras_mp.policy import policy_scope, set_policy
+
+__all__ = [
+    "ExportReport",
+    "Hardware",
+    "LossScaleOptimizer",
+    "detect",
+    "errors",
+    "export",
+    "layers",
+    "policy_scope",
+    "set_policy",
+    "verify_export",
+]

@@ -1,0 +1,205 @@
+"""The TensorFlow and Keras that are installed here: checked once, and the only place that uses their private names.
+
+Every other module imports TensorFlow and Keras after this one. A private name stands here with the reason why a public
+one will not do; `tests/test_backend.py` fails with the name in its message when one of them moves.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from keras_mp.errors import MissingTensorFlowError
+
+__all__ = [
+    "in_xla_context",
+    "raise_from_graph",
+    "remapper_enabled",
+    "runtime_started",
+    "set_remapper",
+    "without_log_lines",
+]
+
+# What TensorFlow 2.21 writes before it has read TF_CPP_MIN_LOG_LEVEL, so that no setting can silence it.
+_PREAMBLE = (
+    "WARNING: All log messages before absl::InitializeLog()",
+    "port.cc:",
+    "cpu_feature_guard.cc:",
+    "To enable the following instructions:",
+)
+
+
+@contextlib.contextmanager
+def without_log_lines(*marks: str) -> Iterator[None]:
+    """Drops lines that TensorFlow's native code logs from the standard error stream and passes all else on, afterwards.
+
+    `TF_CPP_MIN_LOG_LEVEL=0` keeps them. The stream is taken at the file descriptor, where native code writes.
+
+    Args:
+        marks: a line that contains one of these is dropped.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        yield
+        return
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # a service without a standard error stream
+        yield
+        return
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            captured.seek(0)
+            rest = [
+                line
+                for line in captured.read().decode(errors="replace").splitlines(keepends=True)
+                if not any(mark in line for mark in marks)
+            ]
+            if rest:
+                os.write(2, "".join(rest).encode())
+
+
+def _require_tensorflow() -> None:
+    """Imports TensorFlow, then Keras on it.
+
+    Raises:
+        MissingTensorFlowError: where either cannot be had, with what to type.
+    """
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "tensorflow":
+            raise
+        raise MissingTensorFlowError(
+            "keras_mp needs TensorFlow 2.20 or 2.21, and no `tensorflow` is installed here. Install it with the extra "
+            'for your hardware: pip install "keras-mp[cpu]", pip install "keras-mp[gpu]" (NVIDIA, Linux) or '
+            'pip install "keras-mp[tpu]" (Cloud TPU virtual machine).'
+        ) from None
+    found = tuple(int(part) for part in tf.__version__.split(".")[:2])
+    if found < (2, 20):
+        raise MissingTensorFlowError(
+            f"keras_mp needs TensorFlow 2.20 or 2.21, and {tf.__version__} is installed here. Upgrade it with the "
+            'extra for your hardware, for example: pip install --upgrade "keras-mp[cpu]".'
+        )
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise MissingTensorFlowError(
+            f"keras_mp works with Keras on TensorFlow, and Keras runs on {keras.backend.backend()!r} here. Set the "
+            'environment variable KERAS_BACKEND="tensorflow" (or "backend": "tensorflow" in ~/.keras/keras.json) '
+            "before the first `import keras`."
+        )
+
+
+with contextlib.nullcontext() if "tensorflow" in sys.modules else without_log_lines(*_PREAMBLE):
+    _require_tensorflow()
+
+import tensorflow as tf  # noqa: E402  (only after the check above is its absence explained)
+
+# Every public name that lists the runtime's devices starts it, and a started runtime takes no more configuration.
+from tensorflow.python.eager import context as _context  # noqa: E402
+
+# No public name tells whether the function that is being traced will be compiled by XLA. It decides whether an op that
+# calls back into Python, which XLA cannot compile, may be placed in the graph.
+from tensorflow.python.ops import control_flow_util as _control_flow_util  # noqa: E402
+
+
+def in_xla_context() -> bool:
+    """Whether the code that is running now is being traced for XLA.
+
+    Returns:
+        True inside `tf.function(jit_compile=True)` and inside the step of a TPU strategy, False in eager code and in
+        other graphs.
+    """
+    if tf.executing_eagerly():
+        return False
+    return bool(_control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+# An exception that a Python op raises in a graph reaches the caller of the graph as a `tf.errors.UnknownError` with its
+# text; the exception itself is lost, and `except LossScaleStuckError` around `model.fit` would not catch it. TensorFlow
+# makes that error by calling the class, from C++, and so the class hands back what `raise_from_graph` has left here.
+_raised_in_graph: dict[str, Exception] = {}
+_raise_numbers = itertools.count()
+
+
+def _unknown_error_or_its_cause(cls, node_def=None, op=None, message="", *args):
+    for mark, error in _raised_in_graph.items():
+        if mark in str(message):
+            del _raised_in_graph[mark]
+            return error
+    return Exception.__new__(cls, node_def, op, message, *args)
+
+
+tf.errors.UnknownError.__new__ = staticmethod(_unknown_error_or_its_cause)
+
+
+def _graph_error_type(error_type: Any) -> Any:
+    # Python accepts from a class only an instance of that class, so what it hands back must be an UnknownError too.
+    members = {
+        "__init__": lambda self, *args: None,  # runs on an instance that is complete
+        "__str__": Exception.__str__,
+        "__module__": error_type.__module__,
+    }
+    return type(error_type.__name__, (error_type, tf.errors.UnknownError), members)
+
+
+def _as_graph_error(error: Exception) -> Exception:
+    text = str(error)
+    graph_error: Any = Exception.__new__(_graph_error_type(type(error)))
+    tf.errors.UnknownError.__init__(graph_error, None, None, text)
+    graph_error.args = (text,)
+    return graph_error
+
+
+def raise_from_graph(make_error: Callable[..., Exception], arguments: list[tf.Tensor]) -> tf.Operation:
+    """Places an op in the graph that raises a Python exception when it runs, of the very type that was made.
+
+    XLA cannot compile it: ask `in_xla_context` first.
+
+    Args:
+        make_error: gets the arguments as NumPy values, returns the exception.
+        arguments: what it is told.
+
+    Returns:
+        The op; it must be in a branch of `tf.cond` or have dependents, or nothing runs it.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def raises(*values: tf.Tensor) -> None:
+        mark = f"keras_mp-raised-{next(_raise_numbers)}-"
+        _raised_in_graph[mark] = _as_graph_error(make_error(*(value.numpy() for value in values)))
+        raise RuntimeError(mark)
+
+    return tf.py_function(raises, arguments, [])
+
+
+def remapper_enabled() -> bool:
+    """Whether grappler may fuse a product with the bias and activation that follow it."""
+    return bool(tf.config.optimizer.get_experimental_options().get("remapping", True))
+
+
+def runtime_started() -> bool:
+    """Whether TensorFlow's eager runtime runs, after which devices, threads and collectives cannot be configured."""
+    return bool(_context.context()._initialized)
+
+
+def set_remapper(enabled: bool) -> None:
+    """Allows or forbids grappler's fusion of a product with the bias and activation that follow it.
+
+    On CPUs with AMX, oneDNN's fused float16 product runs up to a thousand times slower than the float32 one; the same
+    product followed by separate ops does not. The setting holds for the whole process.
+
+    Args:
+        enabled: whether the fusion may happen.
+    """
+    tf.config.optimizer.set_experimental_options({"remapping": enabled})

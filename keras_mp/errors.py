@@ -1,0 +1,53 @@
+"""Every exception that keras_mp raises on purpose.
+
+```
+KerasMPError
+├── MissingTensorFlowError (ImportError)   TensorFlow is not installed, or Keras runs on another backend
+├── PolicyError (ValueError)               a dtype policy that does not exist
+├── ArgumentError (ValueError)             an argument that no optimizer, layer or function here can work with
+├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
+└── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
+```
+
+Each is also the built-in exception that Keras raises in the like case, so that code written for Keras catches it. Each
+message says what was given, what was expected, and what to type instead. Besides these there is one warning,
+`KerasMPWarning`, for what works but is not what the user is likely to want.
+"""
+
+__all__ = [
+    "ArgumentError",
+    "ExportError",
+    "KerasMPError",
+    "KerasMPWarning",
+    "LossScaleStuckError",
+    "MissingTensorFlowError",
+    "PolicyError",
+]
+
+
+class KerasMPError(Exception):
+    """Base class of all the errors that keras_mp raises on purpose."""
+
+
+class MissingTensorFlowError(KerasMPError, ImportError):
+    """TensorFlow is not installed, is too old, or Keras runs on another backend."""
+
+
+class PolicyError(KerasMPError, ValueError):
+    """A dtype policy that does not exist."""
+
+
+class ArgumentError(KerasMPError, ValueError):
+    """An argument that no optimizer, layer or function here can work with."""
+
+
+class LossScaleStuckError(KerasMPError, RuntimeError):
+    """Too many training steps in a row were skipped for non-finite gradients."""
+
+
+class ExportError(KerasMPError, ValueError):
+    """A model cannot be written where it was asked for, or what was written does not equal the model."""
+
+
+class KerasMPWarning(UserWarning):
+    """Something works, but is not what the user is likely to want."""

@@ -1,0 +1,433 @@
+"""What each device here is fast at: `detect()` reads it from the system, `measure()` times it.
+
+`recommend()` and the two parsers are pure functions, so that hardware which is not here can be tested.
+"""
+
+import dataclasses
+import functools
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_mp import backend
+from keras_mp.errors import ArgumentError
+
+__all__ = [
+    "Device",
+    "Hardware",
+    "ProductTimes",
+    "detect",
+    "fast_dtypes",
+    "measure",
+    "parse_cpuinfo",
+    "parse_sysctl",
+    "recommend",
+]
+
+# CPU features with a bearing on 16-bit arithmetic, as Linux spells them; the words are for people.
+_BFLOAT16_FEATURES = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+_FLOAT16_FEATURES = ("amx_fp16", "avx512_fp16", "asimdhp")
+
+_SIXTEEN_BIT_TENSOR_CORES = (7, 0)
+_BFLOAT16_TENSOR_CORES = (8, 0)
+
+_SIZE = 768
+_CHAIN = 2
+_ROUNDS = 7
+_BUDGET_SECONDS = 0.3
+
+# What TensorFlow logs when a session is made, and once for float16 on a CPU without instructions for it.
+_LOG_LINES = ("absl::InitializeLog()", "mlir_graph_optimization_pass.cc:", "oneDNN supports DT_HALF only")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device, and what decides which dtype it is fast at.
+
+    Args:
+        kind: `"cpu"`, `"gpu"` or `"tpu"`.
+        name: the model, as the system names it.
+        features: the CPU features that bear on 16-bit arithmetic, as Linux spells them (`"amx_bf16"`,
+            `"avx512_bf16"`, `"bf16"` on Arm). Empty where they are unknown.
+        compute_capability: of an NVIDIA GPU, as (major, minor). None for all else.
+
+    Example:
+    >>> Device("gpu", "NVIDIA A100", compute_capability=(8, 0))
+    Device(kind='gpu', name='NVIDIA A100', features=(), compute_capability=(8, 0))
+    """
+
+    kind: str
+    name: str
+    features: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The devices here, and the dtype policy and compiler they are best used with.
+
+    Args:
+        devices: the CPU first, then every GPU and TPU that TensorFlow may use.
+        recommended_policy: the name of a dtype policy.
+        recommended_jit_compile: what to pass as `jit_compile` to `model.compile`.
+        reason: why, in one sentence or two.
+        fast_dtypes: the 16-bit dtypes that these devices are known to multiply faster than float32.
+    """
+
+    devices: tuple[Device, ...]
+    recommended_policy: str
+    recommended_jit_compile: bool
+    reason: str
+    fast_dtypes: frozenset[str] = frozenset()
+
+    @property
+    def accelerators(self) -> tuple[Device, ...]:
+        """The GPUs and TPUs."""
+        return tuple(device for device in self.devices if device.kind != "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTimes:
+    """How long one matrix product takes in float32 and in a 16-bit dtype.
+
+    Args:
+        device: `"CPU"`, `"GPU"` or `"TPU"`.
+        size: rows and columns of both factors.
+        dtype: the 16-bit dtype.
+        float32_ms: median time of the product in float32, in milliseconds.
+        dtype_ms: median time of the product in `dtype`, in milliseconds.
+    """
+
+    device: str
+    size: int
+    dtype: str
+    float32_ms: float
+    dtype_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the 16-bit product is than the float32 one."""
+        return self.float32_ms / self.dtype_ms
+
+
+def parse_cpuinfo(text: str) -> Device:
+    r"""Reads the CPU's model and 16-bit features from the text of Linux's `/proc/cpuinfo`.
+
+    Args:
+        text: what the file holds. On x86 the features stand after `flags`, on Arm after `Features`.
+
+    Returns:
+        A device with the features that every core has.
+
+    Example:
+    >>> parse_cpuinfo("model name : Xeon\nflags : fpu avx512_bf16 amx_bf16")
+    Device(kind='cpu', name='Xeon', features=('amx_bf16', 'avx512_bf16'), compute_capability=None)
+    """
+    cores = [set(line.split()) for line in re.findall(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)]
+    common = set.intersection(*cores) if cores else set()
+    name = re.search(r"^model name[ \t]*:[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE)
+    features = tuple(feature for feature in (*_BFLOAT16_FEATURES, *_FLOAT16_FEATURES) if feature in common)
+    return Device("cpu", name.group(1) if name else _processor(), features)
+
+
+def parse_sysctl(text: str) -> Device:
+    r"""Reads the CPU's model and 16-bit features from what macOS's `sysctl` prints.
+
+    Args:
+        text: lines `key: value`; a key the machine does not know is absent.
+
+    Returns:
+        A device, with the feature names that Linux has for them.
+
+    Example:
+    >>> parse_sysctl("machdep.cpu.brand_string: Apple M2\nhw.optional.arm.FEAT_BF16: 1").features
+    ('bf16',)
+    """
+    values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    features = ("bf16",) if values.get("hw.optional.arm.FEAT_BF16") == "1" else ()
+    return Device("cpu", values.get("machdep.cpu.brand_string") or _processor(), features)
+
+
+def fast_dtypes(devices: Sequence[Device], *, onednn: bool = True) -> frozenset[str]:
+    """The 16-bit dtypes that these devices are known to multiply faster than float32.
+
+    Where there are accelerators the CPU does not count, and where there are several the weakest decides.
+
+    Args:
+        devices: as in `Hardware.devices`.
+        onednn: whether TensorFlow may use oneDNN, which has the CPU's 16-bit products.
+
+    Returns:
+        A subset of `{"bfloat16", "float16"}`.
+
+    Example:
+    >>> sorted(fast_dtypes([Device("gpu", "NVIDIA V100", compute_capability=(7, 0))]))
+    ['float16']
+    """
+    accelerators = [device for device in devices if device.kind != "cpu"]
+    each = [_fast_dtypes(device, onednn) for device in accelerators or devices]
+    return frozenset.intersection(*each) if each else frozenset()
+
+
+def recommend(devices: Sequence[Device], *, onednn: bool = True) -> Hardware:
+    """Chooses the dtype policy and the compiler for a set of devices.
+
+    The two are one choice: on a GPU and a TPU the 16-bit units are reached through XLA as well as without it, on a CPU
+    only without it, because XLA does not call oneDNN's 16-bit kernels there. bfloat16 is preferred to float16
+    where both are fast: it has the range of float32 and needs no loss scaling.
+
+    Args:
+        devices: the devices to train on. GPUs and TPUs go before the CPU; the weakest of unlike GPUs decides.
+        onednn: whether TensorFlow may use oneDNN (`TF_ENABLE_ONEDNN_OPTS` is not 0).
+
+    Returns:
+        The same devices with a recommendation.
+
+    Example:
+    >>> hardware = recommend([Device("gpu", "Tesla V100", compute_capability=(7, 0))])
+    >>> hardware.recommended_policy, hardware.recommended_jit_compile
+    ('mixed_float16', True)
+    """
+    fast = fast_dtypes(devices, onednn=onednn)
+    policy = "mixed_bfloat16" if "bfloat16" in fast else "mixed_float16" if "float16" in fast else "float32"
+    gpus = [device for device in devices if device.kind == "gpu"]
+    tpus = [device for device in devices if device.kind == "tpu"]
+    if tpus:
+        reason = "A TPU multiplies in bfloat16, which needs no loss scaling, and XLA compiles every step on it."
+    elif gpus:
+        reason = _gpu_reason(gpus)
+    else:
+        reason = _cpu_reason(devices, onednn)
+    return Hardware(tuple(devices), policy, bool(tpus or gpus), reason, fast)
+
+
+def detect() -> Hardware:
+    """Looks at the devices that TensorFlow may use here, and chooses the dtype policy and the compiler for them.
+
+    Cheap, and never stale: only the CPU's features are remembered, while GPUs and TPUs are listed at every call, so
+    that `tf.config.set_visible_devices` and a TPU system initialised later are seen. It does not start TensorFlow's
+    runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
+
+    Returns:
+        A `Hardware`, with `.devices`, `.recommended_policy`, `.recommended_jit_compile` and `.reason`.
+
+    Example:
+    >>> import keras_mp
+    >>> hardware = keras_mp.detect()
+    >>> hardware.devices[0].kind
+    'cpu'
+    >>> hardware.recommended_policy in ("float32", "mixed_bfloat16", "mixed_float16")
+    True
+    """
+    return recommend((_cpu(), *_gpus(), *_tpus()), onednn=_onednn_enabled())
+
+
+def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
+    """Times a matrix product in float32 and in a 16-bit dtype, in turns, on this machine.
+
+    Takes under half a second on anything but a very slow device, once per process: later calls return the same result.
+    The products stand alone, without the bias that some CPUs are a thousand times slower with in float16. What it
+    shows is the most that a dtype can gain: in a training step, casts and other ops take their share.
+
+    On the CPU it does not start TensorFlow's eager runtime, so that devices and strategies can be configured after it.
+    One thing is settled by it, as by every first op: the number of threads, so call
+    `tf.config.threading.set_intra_op_parallelism_threads` before. On a GPU or TPU it starts the runtime.
+
+    Args:
+        dtype: `"bfloat16"` or `"float16"`.
+        device: `"CPU"`, `"GPU"` (the first one) or `"TPU"`.
+
+    Returns:
+        Both medians in milliseconds, and their ratio.
+
+    Raises:
+        ArgumentError: for another dtype, or a device that is not here.
+
+    Example:
+    >>> times = measure("bfloat16")
+    >>> times.float32_ms > 0 and times.dtype_ms > 0
+    True
+    """
+    if dtype not in ("bfloat16", "float16"):
+        raise ArgumentError(f'measure(dtype={dtype!r}): expected "bfloat16" or "float16".')
+    here = {"CPU"} | {found.kind.upper() for found in detect().devices}
+    if device not in here:
+        raise ArgumentError(
+            f"measure(device={device!r}): expected a kind of device that is here: "
+            f"{', '.join(repr(kind) for kind in sorted(here))}."
+        )
+    return _measure(dtype, device)
+
+
+def _fast_dtypes(device: Device, onednn: bool) -> frozenset[str]:
+    if device.kind == "tpu":
+        return frozenset({"bfloat16"})
+    if device.kind == "gpu":
+        capability = device.compute_capability
+        if capability is None or capability < _SIXTEEN_BIT_TENSOR_CORES:
+            return frozenset()
+        return frozenset({"float16"} if capability < _BFLOAT16_TENSOR_CORES else {"bfloat16", "float16"})
+    return frozenset({"bfloat16"} if onednn and set(device.features) & set(_BFLOAT16_FEATURES) else ())
+
+
+def _gpu_reason(gpus: list[Device]) -> str:
+    compiled = "XLA fuses the casts and small ops between products."
+    unknown = [device for device in gpus if device.compute_capability is None]
+    if unknown:
+        return (
+            f"TensorFlow reports no CUDA compute capability for {_names(unknown)}, so which 16-bit dtype it is fast at "
+            f"is unknown, and float32 is sure to work. {compiled}"
+        )
+    weakest = min(gpus, key=lambda device: device.compute_capability or ())
+    capability = weakest.compute_capability or ()
+    version = ".".join(str(part) for part in capability)
+    which = f"{weakest.name} has compute capability {version}"
+    if len({device.compute_capability for device in gpus}) > 1:
+        which = f"the weakest of {len(gpus)} unlike GPUs decides, and {which}"
+    if capability < _SIXTEEN_BIT_TENSOR_CORES:
+        gain = "without 16-bit tensor cores, which come with 7.0"
+    elif capability < _BFLOAT16_TENSOR_CORES:
+        gain = "with tensor cores for float16; those for bfloat16 come with 8.0"
+    else:
+        gain = "with tensor cores as fast in bfloat16 as in float16, and bfloat16 needs no loss scaling"
+    return f"{which[0].upper()}{which[1:]}, {gain}. {compiled}"
+
+
+def _cpu_reason(devices: Sequence[Device], onednn: bool) -> str:
+    names = _names(devices) if devices else "this CPU"
+    words = [word for feature, word in _BFLOAT16_FEATURES.items() if any(feature in each.features for each in devices)]
+    if not words:
+        return f"{names} reports no bfloat16 instructions, and on such a CPU a 16-bit dtype only adds casts."
+    if not onednn:
+        return (
+            f"{names} has {' and '.join(words)}, but oneDNN, whose kernels use it, is switched off "
+            "(TF_ENABLE_ONEDNN_OPTS=0)."
+        )
+    return (
+        f"{names} has {' and '.join(words)}, which oneDNN's bfloat16 kernels use; XLA on a CPU does not use those "
+        "kernels, so jit_compile stays off."
+    )
+
+
+def _names(devices: Sequence[Device]) -> str:
+    return " and ".join(dict.fromkeys(device.name for device in devices))
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def _onednn_enabled() -> bool:
+    return os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1").lower() not in ("0", "false")
+
+
+@functools.cache
+def _cpu() -> Device:
+    if sys.platform == "darwin":
+        keys = ("machdep.cpu.brand_string", "hw.optional.arm.FEAT_BF16")
+        try:
+            # A key the machine does not know makes the exit code 1, and the others are printed all the same.
+            return parse_sysctl(subprocess.run(["sysctl", *keys], capture_output=True, text=True, check=False).stdout)
+        except OSError:
+            return parse_sysctl("")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return parse_cpuinfo(file.read())
+    except OSError:
+        return parse_cpuinfo("")
+
+
+def _gpus() -> list[Device]:
+    found = []
+    for gpu in tf.config.get_visible_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        capability = details.get("compute_capability")
+        name = details.get("device_name") or gpu.name.rpartition("physical_device:")[2]
+        found.append(Device("gpu", name, compute_capability=tuple(capability) if capability else None))
+    return found
+
+
+def _tpus() -> list[Device]:
+    # A remote TPU is no physical device, and listing logical ones would start the runtime: it is asked once it runs.
+    tpus = tf.config.get_visible_devices("TPU")
+    if not tpus and backend.runtime_started():
+        tpus = tf.config.list_logical_devices("TPU")
+    return [Device("tpu", ":".join(tpu.name.split(":")[-2:])) for tpu in tpus]
+
+
+@functools.cache
+def _measure(dtype: str, device: str) -> ProductTimes:
+    factors = _factors(dtype)
+    times = _interleaved(factors) if device == "CPU" else _interleaved_eager(factors, device)
+    return ProductTimes(device, _SIZE, dtype, times["float32"], times[dtype])
+
+
+def _factors(dtype: str) -> dict[str, np.ndarray]:
+    # Scaled so that a chain of products keeps its magnitude: neither overflow nor subnormal numbers are timed.
+    factor = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)) / _SIZE**0.5
+    return {each: factor.astype(tf.as_dtype(each).as_numpy_dtype) for each in ("float32", dtype)}
+
+
+def _interleaved(factors: dict[str, np.ndarray]) -> dict[str, float]:
+    # A session of its own, because the first eager op would start the runtime and so forbid to configure it later.
+    graph = tf.Graph()
+    with graph.as_default():
+        products = {}
+        for dtype in factors:
+            factor = tf.compat.v1.placeholder(dtype, (_SIZE, _SIZE))
+            products[dtype] = factor, _chain(factor).op
+    config = tf.compat.v1.ConfigProto(
+        device_count={"GPU": 0},
+        intra_op_parallelism_threads=tf.config.threading.get_intra_op_parallelism_threads(),
+        inter_op_parallelism_threads=tf.config.threading.get_inter_op_parallelism_threads(),
+    )
+    with tf.compat.v1.Session(graph=graph, config=config) as session:
+        runs = {
+            dtype: functools.partial(session.make_callable(product, [factor]), factors[dtype])
+            for dtype, (factor, product) in products.items()
+        }
+        with backend.without_log_lines(*_LOG_LINES):
+            return _medians(runs)
+
+
+def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> dict[str, float]:
+    with tf.device(f"/device:{device}:0"):
+        tensors = {dtype: tf.constant(factor) for dtype, factor in factors.items()}
+        # One number is fetched, which waits for the product and copies next to nothing.
+        return _medians(
+            {
+                dtype: functools.partial(lambda tensor: tf.reduce_sum(_chain(tensor)[:1]).numpy(), tensor)
+                for dtype, tensor in tensors.items()
+            }
+        )
+
+
+def _chain(factor: tf.Tensor) -> tf.Tensor:
+    product = factor
+    for _ in range(_CHAIN):
+        product = tf.matmul(product, factor)
+    return product
+
+
+def _medians(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of one product of each dtype, taken in turns after a warm-up."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {dtype: [] for dtype in runs}
+    end = time.perf_counter() + _BUDGET_SECONDS
+    for done in range(_ROUNDS):
+        if done and time.perf_counter() > end:
+            break
+        for dtype, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[dtype].append((time.perf_counter() - start) * 1000 / _CHAIN)
+    return {dtype: statistics.median(each) for dtype, each in times.items()}

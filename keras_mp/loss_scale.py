@@ -1,0 +1,224 @@
+"""The loss-scale state machine: pure functions of tensors, with no Keras and no variables.
+
+The rules are those of Micikevicius et al., "Mixed Precision Training" (https://arxiv.org/abs/1710.03740), section 3.2,
+with a floor, a ceiling and a hysteresis budget. `LossScaleOptimizer` keeps the state in variables.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_mp.errors import ArgumentError
+
+__all__ = ["LossScaleState", "LossScaling", "all_finite", "global_norm"]
+
+
+class LossScaleState(NamedTuple):
+    """What the state machine remembers between two steps, all scalar tensors.
+
+    Attributes:
+        scale: float32, the factor that the next loss is multiplied by.
+        finite_steps: int64, steps with finite gradients since the scale last changed or a step was skipped.
+        hysteresis_left: int64, how many more non-finite steps the scale bears before it backs off.
+        skipped_steps: int64, steps skipped since the start.
+        consecutive_skips: int64, steps skipped since the last one with finite gradients.
+        nonfinite_losses: int64, how many of the `consecutive_skips` had a loss that was itself not finite.
+    """
+
+    scale: tf.Tensor
+    finite_steps: tf.Tensor
+    hysteresis_left: tf.Tensor
+    skipped_steps: tf.Tensor
+    consecutive_skips: tf.Tensor
+    nonfinite_losses: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LossScaling:
+    """The constants of the state machine, checked once.
+
+    Args:
+        initial_scale: the first scale, inside `[min_scale, max_scale]`.
+        growth_steps: after so many finite steps in a row the scale grows.
+        growth_factor: what it is multiplied by then, at least 1.
+        backoff_factor: what it is multiplied by when the hysteresis budget is spent, between 0 and 1.
+        hysteresis: how many non-finite steps with no finite one between them make the scale back off.
+        min_scale: the floor.
+        max_scale: the ceiling.
+        dynamic: False keeps the scale where it is; steps are skipped and counted all the same.
+
+    Raises:
+        ArgumentError: for a value outside what is said above.
+    """
+
+    initial_scale: float = 2.0**15
+    growth_steps: int = 2000
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    hysteresis: int = 1
+    min_scale: float = 2.0**-14
+    max_scale: float = 2.0**24
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("initial_scale", "min_scale", "max_scale"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0 and float32_is_finite(value)):
+                raise ArgumentError(
+                    f"`{name}` must be a positive number that is finite in float32, for example {name}="
+                    f"{getattr(LossScaling, name)}. Received: {name}={value!r}"
+                )
+        if not self.min_scale <= self.initial_scale <= self.max_scale:
+            raise ArgumentError(
+                "`initial_scale` must lie between `min_scale` and `max_scale`. Received: "
+                f"initial_scale={self.initial_scale!r}, min_scale={self.min_scale!r}, max_scale={self.max_scale!r}. "
+                "Move the bound, or start inside it."
+            )
+        if not (_is_number(self.growth_factor) and 1 <= self.growth_factor < math.inf):
+            raise ArgumentError(
+                "`growth_factor` must be a finite number of at least 1: the scale is multiplied by it (2.0 doubles it, "
+                f"1.0 never lets it grow). Received: growth_factor={self.growth_factor!r}"
+            )
+        if not (_is_number(self.backoff_factor) and 0 < self.backoff_factor < 1):
+            raise ArgumentError(
+                "`backoff_factor` must be a number between 0 and 1, both excluded: the scale is multiplied by it "
+                "(0.5 halves it). To keep the scale fixed, pass dynamic=False. Received: "
+                f"backoff_factor={self.backoff_factor!r}"
+            )
+        # The first is named as the optimizer's user knows it.
+        for name, value in (("dynamic_growth_steps", self.growth_steps), ("hysteresis", self.hysteresis)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"`{name}` must be an integer of at least 1. Received: {name}={value!r}")
+
+    def initial_state(self) -> LossScaleState:
+        """The state before the first step."""
+        zero = tf.constant(0, tf.int64)
+        return LossScaleState(
+            scale=tf.constant(self.initial_scale, tf.float32),
+            finite_steps=zero,
+            hysteresis_left=tf.constant(self.hysteresis, tf.int64),
+            skipped_steps=zero,
+            consecutive_skips=zero,
+            nonfinite_losses=zero,
+        )
+
+    def bounded(self, scale: tf.Tensor) -> tf.Tensor:
+        """The scale, moved inside `[min_scale, max_scale]`; NaN becomes `min_scale`.
+
+        A scale from elsewhere, such as the checkpoint of a wrapper without bounds, may be 0 or infinite.
+        """
+        scale = tf.where(tf.math.is_nan(scale), tf.cast(self.min_scale, scale.dtype), scale)
+        return tf.clip_by_value(scale, self.min_scale, self.max_scale)
+
+    def update(self, state: LossScaleState, finite: tf.Tensor, loss_finite: tf.Tensor | bool = True) -> LossScaleState:
+        """The state after a step.
+
+        A finite step refills the hysteresis budget; the `growth_steps`-th in a row lets the scale grow. A non-finite
+        step takes one from the budget; the one that spends it lets the scale back off, and refills it.
+
+        Args:
+            state: the state before the step.
+            finite: bool scalar, whether every gradient of the step was finite.
+            loss_finite: bool scalar, whether the loss was. It is only counted.
+
+        Returns:
+            The next `LossScaleState`. Its scale is always finite, positive and inside `[min_scale, max_scale]`.
+
+        Example:
+
+        >>> from keras_mp.loss_scale import LossScaling
+        >>> scaling = LossScaling(initial_scale=1024.0)
+        >>> state = scaling.update(scaling.initial_state(), finite=tf.constant(False))
+        >>> float(state.scale), int(state.consecutive_skips)
+        (512.0, 1)
+        """
+        grows = finite & (state.finite_steps + 1 >= self.growth_steps)
+        spent = ~finite & (state.hysteresis_left <= 1)
+        one, zero = tf.ones([], tf.int64), tf.zeros([], tf.int64)
+        scale = self.bounded(state.scale)
+        if self.dynamic:
+            factor = tf.where(grows, self.growth_factor, tf.where(spent, self.backoff_factor, 1.0))
+            scale = self.bounded(scale * tf.cast(factor, scale.dtype))
+        return LossScaleState(
+            scale=scale,
+            finite_steps=tf.where(finite & ~grows, state.finite_steps + 1, zero),
+            hysteresis_left=tf.where(finite | spent, tf.constant(self.hysteresis, tf.int64), state.hysteresis_left - 1),
+            skipped_steps=state.skipped_steps + tf.where(finite, zero, one),
+            consecutive_skips=tf.where(finite, zero, state.consecutive_skips + 1),
+            nonfinite_losses=tf.where(finite, zero, state.nonfinite_losses + tf.where(loss_finite, zero, one)),
+        )
+
+
+def all_finite(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tf.Tensor:
+    """Whether every value of every gradient is finite.
+
+    The sum of squares answers for nearly every step in one pass that writes nothing: it is finite only if every value
+    is. Where it is not, it may have overflowed over large finite values, so the values themselves are looked at.
+
+    Args:
+        gradients: dense tensors or `tf.IndexedSlices` of any float dtype and shape; `None` is passed over.
+
+    Returns:
+        A bool scalar tensor; True for no gradients at all.
+
+    Example:
+
+    >>> from keras_mp.loss_scale import all_finite
+    >>> bool(all_finite([tf.constant([1.0, 3e38]), None])), bool(all_finite([tf.constant([1.0, float("inf")])]))
+    (True, False)
+    """
+    values = _values(gradients)
+    if not values:
+        return tf.constant(True)
+    return tf.cond(
+        tf.math.is_finite(_sum_of_squares(values)),
+        lambda: tf.constant(True),
+        lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values]),
+    )
+
+
+def global_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tf.Tensor:
+    """The Euclidean norm of all gradients as one vector, finite wherever the true norm is.
+
+    Args:
+        gradients: as for `all_finite`. The rows of `tf.IndexedSlices` count as they stand, as in
+            `tf.linalg.global_norm`.
+
+    Returns:
+        A float32 scalar tensor (float64 where a gradient is).
+    """
+    values = _values(gradients)
+    if not values:
+        return tf.constant(0.0)
+    squares = _sum_of_squares(values)
+
+    def rescaled() -> tf.Tensor:
+        # By the largest value, so that no square overflows.
+        largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(value)), squares.dtype) for value in values])
+        return largest * tf.sqrt(_sum_of_squares([tf.cast(value, squares.dtype) / largest for value in values]))
+
+    return tf.cond(tf.math.is_finite(squares), lambda: tf.sqrt(squares), rescaled)
+
+
+def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
+    dense = [
+        g.values if isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g) for g in gradients if g is not None
+    ]
+    # In float32 at least: squares of float16 overflow above 255.
+    return [tf.cast(g, tf.float32) if g.dtype.size < 4 else g for g in dense]
+
+
+def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    dtype = tf.float64 if any(value.dtype == tf.float64 for value in values) else tf.float32
+    return 2 * tf.add_n([tf.cast(tf.nn.l2_loss(value), dtype) for value in values])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def float32_is_finite(value: float) -> bool:
+    return 2.0**-149 <= abs(value) <= (2 - 2.0**-23) * 2.0**127

@@ -1,0 +1,442 @@
+"""`LossScaleOptimizer`: Keras's wrapper of that name, with a loss scale that cannot run away or fall silent."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend
+from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
+from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite
+
+__all__ = ["LossScaleOptimizer"]
+
+# Keras's optimizers take these; on a wrapper they do nothing. Old files hold them with these values.
+_INNER_ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 0.0,
+    "weight_decay": None,
+    "clipnorm": None,
+    "global_clipnorm": None,
+    "clipvalue": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+
+# What Keras's wrapper does not have: arguments with their defaults, and state.
+_OWN_ARGUMENTS: dict[str, Any] = {
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "hysteresis": 1,
+    "min_scale": 2.0**-14,
+    "max_scale": 2.0**24,
+    "max_consecutive_skips": 50,
+    "dynamic": True,
+}
+_OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
+
+_UNSCALED_LOSS = """LossScaleOptimizer divides gradients by its loss scale, and this loss was never multiplied by it: \
+the updates would be thousands of times too small. Write
+
+    with tf.GradientTape() as tape:
+        loss = optimizer.scale_loss(compute_loss())
+    gradients = tape.gradient(loss, variables)
+    optimizer.apply_gradients(zip(gradients, variables))
+
+or optimizer.minimize(compute_loss, variables), which does all of it."""
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """Wraps an optimizer so that float16 gradients neither underflow nor ruin the weights.
+
+    The loss is multiplied by a scale before its gradients are taken, and the gradients are divided by it, in float32,
+    before they are applied. Where any of them is not finite the step is skipped, which changes nothing but the state
+    of the scale, and the scale backs off; after `dynamic_growth_steps` finite steps in a row it grows.
+
+    It is a `keras.optimizers.LossScaleOptimizer` and goes wherever that goes: in `model.compile`, in a `train_step` of
+    one's own, in a loop with `tf.GradientTape`. With finite gradients and the same factors its scale takes the same
+    values.
+
+    Args:
+        inner_optimizer: the `keras.optimizers.Optimizer` that updates the weights, or its name. Clipping, weight decay,
+            averaging and accumulation are set there.
+        initial_scale: the first scale. Start high: it falls in a few steps and climbs in thousands.
+        dynamic_growth_steps: after so many finite steps in a row the scale grows.
+        growth_factor: what it is multiplied by then, at least 1. Powers of two make unscaling exact.
+        backoff_factor: what it is multiplied by after non-finite gradients, between 0 and 1.
+        hysteresis: how many non-finite steps with no finite one between them make it back off.
+        min_scale: the floor, below which it never falls.
+        max_scale: the ceiling, above which it never grows.
+        max_consecutive_skips: so many skipped steps in a row raise `LossScaleStuckError`.
+        dynamic: False keeps the scale at `initial_scale`; steps with non-finite gradients are skipped all the same.
+        name: the optimizer's name.
+
+    Raises:
+        ArgumentError: for an argument out of range, one that belongs on the inner optimizer, or an inner optimizer that
+            already scales its loss.
+        LossScaleStuckError: from the training step that is the `max_consecutive_skips`-th in a row to be skipped. Where
+            XLA compiles the whole step, which cannot raise, from the next reading of the state on the host instead; the
+            end of `fit` reads it.
+
+    Example:
+
+    >>> import keras, keras_mp
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, dtype="mixed_float16")])
+    >>> model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
+    >>> float(model.optimizer.loss_scale)
+    32768.0
+
+    In a loop of one's own:
+
+    >>> optimizer, x = model.optimizer, tf.ones((2, 4))
+    >>> with tf.GradientTape() as tape:
+    ...     loss = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
+    >>> gradients = tape.gradient(loss, model.trainable_variables)
+    >>> _ = optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+    Reference:
+
+    - [Micikevicius et al., 2018, section 3.2](https://arxiv.org/abs/1710.03740)
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: "keras.optimizers.Optimizer | str",
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        *,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        hysteresis: int = 1,
+        min_scale: float = 2.0**-14,
+        max_scale: float = 2.0**24,
+        max_consecutive_skips: int = 50,
+        dynamic: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for argument, default in _INNER_ARGUMENTS.items():
+            value = kwargs.pop(argument, default)
+            if value != default:
+                raise ArgumentError(
+                    f"LossScaleOptimizer does not take `{argument}`. Received: {argument}={value!r}. Set it on the "
+                    f"`inner_optimizer`: LossScaleOptimizer(keras.optimizers.Adam({argument}={value!r}))"
+                )
+        inner_optimizer = _as_optimizer(inner_optimizer)
+        scaling = LossScaling(
+            initial_scale=initial_scale,
+            growth_steps=dynamic_growth_steps,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            hysteresis=hysteresis,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            dynamic=dynamic,
+        )
+        if (
+            isinstance(max_consecutive_skips, bool)
+            or not isinstance(max_consecutive_skips, int)
+            or max_consecutive_skips < 1
+        ):
+            raise ArgumentError(
+                "`max_consecutive_skips` must be an integer of at least 1. Received: "
+                f"max_consecutive_skips={max_consecutive_skips!r}"
+            )
+        super().__init__(
+            inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, name=name, **kwargs
+        )
+        self.max_consecutive_skips = max_consecutive_skips
+        self._scaling = scaling
+        # What `scale_loss` saw, for the `apply` of the same step: whether the loss was finite, and that it was called.
+        self._loss_finite: tf.Tensor | None = None
+        self._scale_was_used = False
+        self._stuck_told_at = 0
+
+    @property
+    def loss_scale(self) -> tf.Tensor:
+        """The factor that the next loss is multiplied by, a float32 scalar tensor."""
+        self._scale_was_used = True
+        return self._read().scale
+
+    @property
+    def skipped_steps(self) -> tf.Tensor:
+        """How many steps were skipped since the start, an int64 scalar tensor."""
+        return self._read().skipped_steps
+
+    @property
+    def consecutive_skips(self) -> tf.Tensor:
+        """How many steps were skipped since the last one that was not, an int64 scalar tensor."""
+        return self._read().consecutive_skips
+
+    @property
+    def last_step_skipped(self) -> tf.Tensor:
+        """Whether the latest step was skipped, a bool scalar tensor."""
+        return self._read().consecutive_skips > 0
+
+    def build(self, var_list: Sequence[keras.Variable]) -> None:
+        """Creates the state of the scale and the slots of the inner optimizer.
+
+        Args:
+            var_list: the variables to train.
+        """
+        super().build(var_list)
+        # Keras's wrapper made `dynamic_scale` and `step_counter`. These follow them, so that the variables of a file
+        # that Keras's wrapper wrote are a subsequence of ours.
+        self._own_state = {
+            name: self.add_variable(
+                shape=(),
+                dtype="int64",
+                initializer=keras.initializers.Constant(self._scaling.hysteresis if name == "hysteresis_left" else 0),
+                aggregation="none",
+                name=name,
+            )
+            for name in _OWN_STATE
+        }
+
+    def scale_loss(self, loss: Any) -> tf.Tensor:
+        """Multiplies the loss by the scale. Call it inside the tape, on the loss whose gradients are taken.
+
+        Args:
+            loss: tensor or number of any shape. A 16-bit loss is cast to float32 first: scaled in float16, a loss of 3
+                is infinite.
+
+        Returns:
+            The scaled loss, float32 (float64 where the loss is).
+        """
+        self._scale_was_used = True
+        loss = tf.convert_to_tensor(loss)
+        loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)
+        self._loss_finite = tf.reduce_all(tf.math.is_finite(loss))
+        return loss * tf.cast(self._state().scale, loss.dtype)
+
+    def apply(
+        self,
+        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
+        """Unscales the gradients and applies them, or skips the step where one of them is not finite.
+
+        Args:
+            grads: gradients of the scaled loss, one for each variable, of any float dtype, dense or
+                `tf.IndexedSlices`. Where the gradient is `None` the variable stays as it is.
+            trainable_variables: what to update; by default what the optimizer was built on.
+
+        Raises:
+            LossScaleStuckError: when this is the `max_consecutive_skips`-th step in a row to be skipped.
+            ValueError: for variables that the optimizer was not built on, or no gradient at all.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is None and not self.built:
+            raise ValueError(
+                "Without `trainable_variables` the optimizer must be built first: "
+                "optimizer.build(model.trainable_variables)"
+            )
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        if not self._scale_was_used:
+            self._scale_was_used = True
+            warnings.warn(_UNSCALED_LOSS, KerasMPWarning, stacklevel=3)
+
+        state = self._state()
+        finite = all_finite(grads)
+        tf.cond(finite, lambda: self._update_weights(grads, trainable_variables, state.scale), lambda: None)
+        state = self._scaling.update(state, finite, self._take_loss_finite())
+        self._assign_state(state)
+        self._raise_if_stuck(state)
+
+    def minimize(self, loss: Callable[[], Any], variables: Sequence[keras.Variable]) -> tf.Tensor:
+        """Takes one training step: loss, scaled gradients, update.
+
+        Args:
+            loss: called without arguments, returns the loss. It is run under a tape of its own.
+            variables: what to update.
+
+        Returns:
+            The loss, unscaled.
+
+        Example:
+
+        >>> import keras, keras_mp
+        >>> weight = keras.Variable(2.0)
+        >>> optimizer = keras_mp.LossScaleOptimizer(keras.optimizers.SGD(0.25))
+        >>> float(optimizer.minimize(lambda: weight**2, [weight])), float(weight)
+        (4.0, 1.0)
+        """
+        variables = list(variables)
+        if not self.built:
+            self.build(variables)
+        with tf.GradientTape() as tape:
+            unscaled = tf.convert_to_tensor(loss())
+            scaled = self.scale_loss(unscaled)
+        self.apply(tape.gradient(scaled, [_tensorflow_variable(v) for v in variables]), variables)
+        return unscaled
+
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """Lets the inner optimizer write its averages into the weights; Keras calls it at the end of `fit`.
+
+        Args:
+            var_list: the variables that were trained.
+
+        Raises:
+            LossScaleStuckError: where a step compiled by XLA got stuck and could not say so.
+        """
+        self._read()
+        super().finalize_variable_values(var_list)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores the state, also from a file that Keras's own wrapper wrote.
+
+        Args:
+            store: mapping from the variables' numbers, as strings, to their values.
+        """
+        if not self.built or len(store.keys()) != len(self.variables) - len(self._own_state):
+            super().load_own_variables(store)
+            return
+        own = {id(variable) for variable in self._own_state.values()}
+        for number, variable in enumerate(v for v in self.variables if id(v) not in own):
+            variable.assign(store[str(number)])
+        initial = self._scaling.initial_state()
+        for name, variable in self._own_state.items():
+            variable.assign(getattr(initial, name))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an optimizer like this one.
+
+        Those that Keras's wrapper does not have are listed only where they differ from their defaults.
+        """
+        config = super().get_config()
+        own = {**dataclasses.asdict(self._scaling), "max_consecutive_skips": self.max_consecutive_skips}
+        config.update({name: own[name] for name, default in _OWN_ARGUMENTS.items() if own[name] != default})
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "LossScaleOptimizer":
+        """Makes an optimizer from what `get_config` returned."""
+        return super().from_config(dict(config), custom_objects=custom_objects)  # it takes entries out of the dict
+
+    def _state(self) -> LossScaleState:
+        """The state as tensors, from the variables where they exist."""
+        if not self.built:
+            return self._scaling.initial_state()
+        own = {name: tf.convert_to_tensor(variable.value) for name, variable in self._own_state.items()}
+        return LossScaleState(
+            scale=self._scaling.bounded(tf.convert_to_tensor(self.dynamic_scale.value)),
+            finite_steps=tf.cast(self.step_counter.value, tf.int64),
+            **own,
+        )
+
+    def _assign_state(self, state: LossScaleState) -> None:
+        self.dynamic_scale.assign(state.scale)
+        self.step_counter.assign(state.finite_steps)
+        for name, variable in self._own_state.items():
+            variable.assign(getattr(state, name))
+
+    def _read(self) -> LossScaleState:
+        """The state for a user, who is told here where the training step could not tell him that it is stuck."""
+        state = self._state()
+        if tf.executing_eagerly() and self.built and int(state.skipped_steps) != self._stuck_told_at:
+            self._raise_if_stuck(state)
+        return state
+
+    def _update_weights(
+        self,
+        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        trainable_variables: Sequence[keras.Variable] | None,
+        scale: tf.Tensor,
+    ) -> None:
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        unscaled = [
+            # A gradient that replaces its variable, such as the scale of a float8 tensor, never had the loss in it.
+            g if g is None or getattr(v, "overwrite_with_gradient", False) else _unscale(g, scale)
+            for g, v in zip(grads, variables, strict=True)
+        ]
+        self.inner_optimizer.apply(unscaled, trainable_variables)
+
+    def _take_loss_finite(self) -> tf.Tensor | bool:
+        """Whether the loss that `scale_loss` saw in this step was finite; True where that cannot be known."""
+        seen, self._loss_finite = self._loss_finite, None
+        if seen is None:
+            return True
+        if tf.executing_eagerly():
+            return seen if isinstance(seen, tf.__internal__.EagerTensor) else True
+        return True if getattr(seen, "graph", None) is not tf.compat.v1.get_default_graph() else seen
+
+    def _raise_if_stuck(self, state: LossScaleState) -> None:
+        def make_error(scale: float, skipped: int, consecutive: int, nonfinite_losses: int) -> LossScaleStuckError:
+            self._stuck_told_at = int(skipped)
+            return LossScaleStuckError(self._stuck_message(float(scale), int(consecutive), int(nonfinite_losses)))
+
+        facts = [state.scale, state.skipped_steps, state.consecutive_skips, state.nonfinite_losses]
+        stuck = state.consecutive_skips >= self.max_consecutive_skips
+        if tf.executing_eagerly():
+            if stuck:
+                raise make_error(*(fact.numpy() for fact in facts))
+        elif not backend.in_xla_context():
+            tf.cond(stuck, lambda: backend.raise_from_graph(make_error, facts), tf.no_op)
+
+    def _stuck_message(self, scale: float, consecutive: int, nonfinite_losses: int) -> str:
+        if nonfinite_losses:
+            cause = (
+                f"The loss itself was not finite in {nonfinite_losses} of them, so no scale can help: the weights or "
+                "the data are at fault. Look for NaN or inf in a batch and in the weights, lower the learning rate or "
+                "set `global_clipnorm` on the inner optimizer, and see that the loss is computed in float32."
+            )
+        elif scale <= self._scaling.min_scale or not self._scaling.dynamic:
+            cause = (
+                "The loss was finite and its gradients were not, and the scale "
+                + ("cannot fall any further" if self._scaling.dynamic else "is fixed by dynamic=False")
+                + ". Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
+                "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
+            )
+        else:
+            cause = (
+                "The loss was finite and its gradients were not, and the scale is still above its floor. Start from a "
+                "smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or raise "
+                "`max_consecutive_skips` to let it fall further."
+            )
+        return (
+            f"{consecutive} training steps in a row were skipped because their gradients were not finite. The weights "
+            f"have not changed since. The loss scale is {scale:g} now; its floor is {self._scaling.min_scale:g}. "
+            + cause
+        )
+
+
+def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
+    if isinstance(optimizer, (str, dict)):
+        optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ArgumentError(
+            f"`inner_optimizer` already scales its loss. Received: {type(optimizer).__name__} around "
+            f"{type(optimizer.inner_optimizer).__name__}. Wrap what is inside: "
+            "LossScaleOptimizer(optimizer.inner_optimizer)"
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ArgumentError(
+            "`inner_optimizer` must be a keras.optimizers.Optimizer or the name of one, such as "
+            f"keras.optimizers.Adam(1e-3) or 'adam'. Received: {optimizer!r} (of type {type(optimizer).__name__})"
+        )
+    return optimizer
+
+
+def _unscale(gradient: "tf.Tensor | tf.IndexedSlices", scale: tf.Tensor) -> "tf.Tensor | tf.IndexedSlices":
+    """Divides in float32, where the quotient of a float16 gradient does not underflow. Sparse stays sparse."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(_unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
+    gradient = tf.convert_to_tensor(gradient)
+    if gradient.dtype.size < 4:
+        gradient = tf.cast(gradient, tf.float32)
+    return gradient / tf.cast(scale, gradient.dtype)
+
+
+def _tensorflow_variable(variable: Any) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -1,0 +1,224 @@
+"""The dtype policy in force: named, chosen for the hardware, or refused with what to type instead.
+
+A dtype policy says in which dtype layers compute and in which they keep their variables. Mixed policies compute in 16
+bits and keep float32 master weights.
+"""
+
+import contextlib
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+
+import keras
+
+from keras_mp import backend, hardware
+from keras_mp.errors import KerasMPWarning, PolicyError
+
+__all__ = ["advice", "policy_scope", "set_policy"]
+
+_NAMES = ("auto", "float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64")
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_OTHER_NAMES = {"amp": "auto", "double": "float64", "fp32": "float32", "fp64": "float64", "half": "mixed_float16"}
+
+# The gain in a bare product below which casts and the other ops of a training step leave nothing of it.
+_WORTHWHILE = 1.5
+
+# The smallest change, relative to a weight, that a weight in that dtype can hold.
+_STEP = {"float16": "1/2048", "bfloat16": "1/256"}
+
+
+def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
+    """Sets Keras's global dtype policy, which every layer made from now on takes unless it is given a `dtype`.
+
+    Like `keras.config.set_dtype_policy`, on which it stands: the policy holds for the calling thread, and
+    `keras.utils.clear_session()` forgets it.
+
+    A policy that computes in float16 on a machine without GPU or TPU has a side effect. Some CPUs run the fused product
+    and bias that TensorFlow makes of a `Dense` layer a thousand times slower in float16 than in float32, while the same
+    ops run one by one are as fast. So the fusion (`remapping`, an option of TensorFlow's graph optimizer grappler) is
+    switched off for the whole process. It takes effect at once, for functions traced before too, and it stays off when
+    another policy is set, because a model keeps its policy for life and may be trained later. To have it back, call
+    `tf.config.optimizer.set_experimental_options({"remapping": True})` afterwards. Layers that get float16 from their
+    own `dtype` argument are not seen here: set the option to False for them.
+
+    Args:
+        policy: `"auto"` for what `keras_mp.detect()` recommends; `"mixed_bfloat16"`, `"mixed_float16"` or any other
+            name Keras has for a floating-point policy; a `keras.DTypePolicy`, or a
+            `keras.dtype_policies.DTypePolicyMap` with policies for single layers.
+
+    Returns:
+        The policy now in force.
+
+    Raises:
+        PolicyError: for anything else, with what was probably meant. The policy in force is left as it was.
+
+    Warns:
+        KerasMPWarning: if the hardware has no use for a 16-bit policy, with the times of a product on it, or if the
+            weights would be held in 16 bits, where small updates are lost. The policy is set all the same.
+
+    Example:
+    >>> import keras_mp
+    >>> keras_mp.set_policy("auto").variable_dtype
+    'float32'
+    >>> keras_mp.set_policy("float32")
+    <DTypePolicy "float32">
+    """
+    here = hardware.detect()
+    automatic = isinstance(policy, str) and policy == "auto"
+    wanted = _resolve(here.recommended_policy if automatic else policy)
+    if not automatic:
+        for message in advice(wanted, here):
+            warnings.warn(message, KerasMPWarning, stacklevel=_stacklevel())
+    if not here.accelerators and any(each.compute_dtype == "float16" for each in _members(wanted)):
+        backend.set_remapper(False)
+    keras.config.set_dtype_policy(wanted)
+    return keras.config.dtype_policy()
+
+
+@contextlib.contextmanager
+def policy_scope(policy: str | keras.DTypePolicy) -> Iterator[keras.DTypePolicy]:
+    """Sets the global dtype policy for the layers made inside a `with` block.
+
+    The layers keep it after the block. So does the setting that float16 on a CPU needs, see `set_policy`.
+
+    Args:
+        policy: as for `set_policy`.
+
+    Yields:
+        The policy in force inside the block.
+
+    Raises:
+        PolicyError: as `set_policy` does.
+
+    Example:
+    >>> import keras, keras_mp
+    >>> with keras_mp.policy_scope("float64") as policy:
+    ...     layer = keras.layers.Dense(1)
+    >>> layer.dtype_policy == policy, keras.config.dtype_policy() == policy
+    (True, False)
+    """
+    before = keras.config.dtype_policy()
+    try:
+        yield set_policy(policy)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _resolve(policy: object) -> keras.DTypePolicy:
+    """The Keras policy that was asked for, or a `PolicyError`."""
+    if isinstance(policy, str):
+        try:
+            found = keras.dtype_policies.get(policy)
+        except (TypeError, ValueError) as error:
+            raise _unknown(policy) from error
+    elif isinstance(policy, keras.DTypePolicy):
+        found = policy
+    else:
+        raise PolicyError(
+            f"Expected the name of a dtype policy or a keras.DTypePolicy, received {policy!r} of type "
+            f"{type(policy).__name__}. {_allowed()}"
+        )
+    for each in _members(found):
+        if each.compute_dtype not in _FLOATS or each.variable_dtype not in _FLOATS:
+            raise _unknown(each.name)
+    return found
+
+
+def _members(policy: keras.DTypePolicy) -> list[keras.DTypePolicy]:
+    """Every policy that a layer can get from this one: itself, or a map's default and entries."""
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return [policy.default_policy, *policy.values()]
+    return [policy]
+
+
+def _unknown(name: str) -> PolicyError:
+    meant = _meant(name)
+    hint = f' Did you mean "{meant}"?' if meant else ""
+    return PolicyError(f"Unknown dtype policy {name!r}.{hint} {_allowed()}")
+
+
+def _allowed() -> str:
+    return f'Expected one of {", ".join(_NAMES)}, for example keras_mp.set_policy("auto").'
+
+
+def _meant(name: str) -> str | None:
+    """The policy that a misspelt name stands for. 16-bit ones are always meant mixed: the pure ones hardly train."""
+    low = name.lower()
+    if "16" in low and "int" not in low:
+        return "mixed_bfloat16" if re.search(r"b(f|16|loat|rain)", low) else "mixed_float16"
+    close = difflib.get_close_matches(low, [*_NAMES, *_OTHER_NAMES], n=1)
+    return _OTHER_NAMES.get(close[0], close[0]) if close else None
+
+
+def advice(
+    policy: keras.DTypePolicy,
+    here: hardware.Hardware,
+    measure: Callable[[str], hardware.ProductTimes] = hardware.measure,
+) -> list[str]:
+    """What the user should know before training under a policy on some hardware.
+
+    Args:
+        policy: a dtype policy, or a map of them.
+        here: the hardware.
+        measure: takes a 16-bit dtype and returns its product times on a CPU; called only where they decide.
+
+    Returns:
+        One message for each policy in a map, or for the policy itself, that has a fault.
+
+    Example:
+    >>> import keras
+    >>> from keras_mp.hardware import Device, recommend
+    >>> advice(keras.DTypePolicy("mixed_float16"), recommend([Device("gpu", "V100", compute_capability=(7, 0))]))
+    []
+    """
+    messages = []
+    for each in {member.name: member for member in _members(policy)}.values():
+        given = f'set_policy("{each.name}")'
+        if each is not policy:
+            given = f'set_policy(<a DTypePolicyMap with "{each.name}">)'
+        useless = _useless(each.compute_dtype, here, measure)
+        pure = each.variable_dtype in _STEP
+        if useless:
+            instead = f'keras_mp.set_policy("{here.recommended_policy}"), the best for this hardware'
+            if pure:
+                instead += f', or keras_mp.set_policy("mixed_{each.variable_dtype}") to keep the dtype'
+        else:
+            instead = f'keras_mp.set_policy("mixed_{each.variable_dtype}")'
+        if pure:
+            stagnates = (
+                f"the weights themselves are held in {each.variable_dtype}, so an update below "
+                f"{_STEP[each.variable_dtype]} of a weight is rounded away and training stagnates"
+            )
+            useless = f"{stagnates}. Besides, {useless}" if useless else stagnates
+        if useless:
+            messages.append(f"{given}: {useless}. Type {instead}.")
+    return messages
+
+
+def _useless(dtype: str, here: hardware.Hardware, measure: Callable[[str], hardware.ProductTimes]) -> str | None:
+    """Why computing in a dtype gains nothing on this hardware; None if it gains, or nobody knows."""
+    if dtype not in _STEP or dtype in here.fast_dtypes:
+        return None
+    if here.accelerators:
+        known = all(device.kind != "gpu" or device.compute_capability for device in here.accelerators)
+        return f"{dtype} gains nothing on this hardware. {here.reason.rstrip('.')}" if known else None
+    times = measure(dtype)
+    return _slow_product(times) if times.ratio < _WORTHWHILE else None
+
+
+def _slow_product(times: hardware.ProductTimes) -> str:
+    return (
+        f"{times.dtype} gains nothing on this CPU: a product of two {times.size} x {times.size} matrices takes "
+        f"{times.dtype_ms:.2f} ms in {times.dtype} and {times.float32_ms:.2f} ms in float32 ({times.ratio:.1f}x), and "
+        "casts come on top. Training works, no faster"
+    )
+
+
+def _stacklevel() -> int:
+    """The stack level, for a warning issued by the caller, of the user's own line."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and re.match(r"keras_mp\.|contextlib$", frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level

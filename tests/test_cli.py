@@ -1,0 +1,103 @@
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from typer.testing import CliRunner
+
+import keras_mp
+from keras_mp import cli
+from keras_mp.hardware import Device, ProductTimes, measure, recommend
+
+
+def run(*arguments):
+    # Wide enough that no table wraps a CPU's name.
+    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+
+
+def kind():
+    accelerators = keras_mp.detect().accelerators
+    return accelerators[0].kind.upper() if accelerators else "CPU"
+
+
+def test_the_installed_command_is_this_one():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="keras-mp")
+    assert command.load() is cli.app
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"keras-mp {importlib.metadata.version('keras-mp')}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_the_commands(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "doctor" in result.output
+    assert "--version" in result.output
+
+
+def test_an_unknown_command_is_refused_by_name():
+    result = run("docter")
+    assert result.exit_code == 2
+    assert "No such command 'docter'" in result.output
+
+
+def test_doctor_prints_what_was_found():
+    found = keras_mp.detect()
+    text = run("doctor").output
+    for version in (platform.python_version(), tf.__version__, keras.__version__, np.__version__):
+        assert version in text
+    for device in found.devices:
+        assert device.name in text
+        assert all(feature in text for feature in device.features)
+    for dtype in ("bfloat16", "float16"):
+        assert f"{measure(dtype, kind()).dtype_ms:.2f}" in text
+    assert (
+        f'Use keras_mp.set_policy("{found.recommended_policy}") and '
+        f"model.compile(..., jit_compile={found.recommended_jit_compile})." in text
+    )
+    assert found.reason in text
+
+
+def test_doctor_as_json_says_the_same():
+    found = keras_mp.detect()
+    told = json.loads(run("doctor", "--json").output)
+    assert told["versions"]["TensorFlow"] == tf.__version__
+    assert [device["name"] for device in told["devices"]] == [device.name for device in found.devices]
+    assert told["recommended_policy"] == found.recommended_policy
+    assert told["recommended_jit_compile"] is found.recommended_jit_compile
+    assert told["reason"] == found.reason
+    assert [product["dtype"] for product in told["products"]] == ["bfloat16", "float16"]
+    assert told["products"][0]["ratio"] == measure("bfloat16", kind()).ratio
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        (Device("cpu", "Xeon", ("amx_bf16", "avx512_bf16")), "amx_bf16, avx512_bf16"),
+        (Device("cpu", "Xeon"), "none found"),
+        (Device("gpu", "A100", compute_capability=(8, 0)), "compute capability 8.0"),
+        (Device("gpu", "MI300X"), "compute capability unknown"),
+        (Device("tpu", "TPU:0"), "bfloat16"),
+    ],
+)
+def test_every_kind_of_device_has_its_row(device, words, capsys):
+    cli._print_tables(recommend([device]), [ProductTimes("CPU", 768, "bfloat16", 3.0, 1.0)])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {device.kind.upper()} ")]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [device.kind.upper(), device.name, words]
+
+
+def test_doctor_is_quiet():
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "doctor", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(ran.stdout)["recommended_policy"] == keras_mp.detect().recommended_policy

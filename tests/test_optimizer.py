@@ -1,0 +1,406 @@
+"""The optimizer's promises on one device."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_mp
+from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
+
+INF, NAN = math.inf, math.nan
+
+
+def make_optimizer(inner=None, **arguments):
+    return keras_mp.LossScaleOptimizer(inner or keras.optimizers.SGD(0.5), **arguments)
+
+
+def apply(optimizer, variables, gradients, how="eager"):
+    """Applies gradients that are already scaled, in eager code, a graph, or a graph compiled by XLA."""
+    optimizer.scale_loss(0.0)  # the tests scale by hand; the warning for loops that forget to is tested below
+
+    def step(gradients):
+        optimizer.apply(gradients, variables)
+
+    if how != "eager":
+        optimizer.build(variables) if not optimizer.built else None
+        step = tf.function(step, jit_compile=how == "xla")
+    step([g if g is None or isinstance(g, tf.IndexedSlices) else tf.constant(g) for g in gradients])
+
+
+def snapshot(optimizer, variables):
+    state = [*variables, *optimizer.inner_optimizer.variables]
+    return [variable.numpy() for variable in state]
+
+
+def assert_same(before, after):
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+HOWS = ["eager", "graph", "xla"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_story_of_finite_and_bad_steps(how):
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = make_optimizer(initial_scale=4.0, dynamic_growth_steps=2, hysteresis=1)
+    story = [
+        # gradient of the scaled loss, weights after, scale after, skipped, in a row, iterations
+        ([4.0, 8.0], [0.5, 1.0], 4.0, 0, 0, 1),
+        ([4.0, 0.0], [0.0, 1.0], 8.0, 0, 0, 2),
+        ([INF, 0.0], [0.0, 1.0], 4.0, 1, 1, 2),
+        ([0.0, NAN], [0.0, 1.0], 2.0, 2, 2, 2),
+        ([2.0, 2.0], [-0.5, 0.5], 2.0, 2, 0, 3),
+        ([-INF, 2.0], [-0.5, 0.5], 1.0, 3, 1, 3),
+        ([1.0, 1.0], [-1.0, 0.0], 1.0, 3, 0, 4),
+        ([1.0, 1.0], [-1.5, -0.5], 2.0, 3, 0, 5),
+    ]
+    for gradient, weights, scale, skipped, in_a_row, iterations in story:
+        apply(optimizer, [variable], [gradient], how)
+        np.testing.assert_array_equal(variable, weights)
+        assert float(optimizer.loss_scale) == scale
+        assert int(optimizer.skipped_steps) == skipped
+        assert int(optimizer.consecutive_skips) == in_a_row
+        assert bool(optimizer.last_step_skipped) is (in_a_row > 0)
+        assert int(optimizer.iterations) == iterations
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+        keras.optimizers.Adam(0.1, weight_decay=0.1, global_clipnorm=1.0),
+        keras.optimizers.AdamW(0.1, use_ema=True, ema_overwrite_frequency=2),
+        keras.optimizers.Nadam(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5), clipvalue=0.5),
+        keras.optimizers.RMSprop(0.1, clipnorm=1.0, gradient_accumulation_steps=3),
+        keras.optimizers.Adafactor(0.1),
+        keras.optimizers.Lion(0.01),
+    ],
+    ids=lambda inner: inner.__class__.__name__,
+)
+def test_skipped_steps_change_nothing_and_the_others_equal_the_inner_optimizer_alone(inner, how):
+    """Promises 2 and 6: with bad steps in between, the run is the plain float32 run of the good ones."""
+    config = inner.get_config()
+    plain, wrapped = type(inner).from_config(config), type(inner).from_config(config)
+    optimizer = make_optimizer(wrapped, initial_scale=1024.0)
+    start = np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)
+    plain_variables = [keras.Variable(start), keras.Variable(start[0])]
+    variables = [keras.Variable(start), keras.Variable(start[0])]
+    random = np.random.default_rng(0)
+    for step in range(7):
+        gradients = [random.normal(size=v.shape).astype("float32") for v in variables]
+        plain.apply([tf.constant(g) for g in gradients], plain_variables)
+        scale = float(optimizer.loss_scale)
+        apply(optimizer, variables, [g * scale for g in gradients], how)
+        for mine, theirs in zip(variables, plain_variables, strict=True):
+            # Scaling by a power of two is exact; XLA may fuse multiply and add, which rounds once less.
+            np.testing.assert_allclose(
+                mine, theirs, rtol=0 if how == "eager" else 3e-6, atol=0 if how == "eager" else 1e-6
+            )
+        if step in (1, 4):
+            before = snapshot(optimizer, variables)
+            apply(optimizer, variables, [gradients[0], np.array([1.0, NAN, INF], "float32")], how)
+            assert_same(before, snapshot(optimizer, variables))
+    assert int(optimizer.skipped_steps) == 2
+
+
+def test_a_bad_micro_batch_does_not_poison_the_accumulation_window():
+    variable = keras.Variable([0.0])
+    optimizer = make_optimizer(keras.optimizers.SGD(1.0, gradient_accumulation_steps=2), initial_scale=2.0)
+    for gradient in ([2.0], [NAN], [INF]):
+        apply(optimizer, [variable], [gradient])
+    np.testing.assert_array_equal(variable, [0.0])
+    apply(optimizer, [variable], [[6.0 / 4]])  # the scale has been halved twice, from 2 to 0.5
+    np.testing.assert_array_equal(variable, [-(1.0 + 3.0) / 2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_gradients_of_any_dtype_are_unscaled_without_underflow(dtype):
+    variable = keras.Variable([0.0])
+    optimizer = make_optimizer(keras.optimizers.SGD(1.0), initial_scale=2.0**20)
+    apply(optimizer, [variable], [tf.constant([2.0**-20], dtype)])
+    # 2**-40 is 0 in float16.
+    np.testing.assert_array_equal(variable, [-(2.0**-40)])
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_the_largest_finite_gradient_is_not_called_non_finite(how):
+    variable = keras.Variable([0.0, 0.0])
+    optimizer = make_optimizer(keras.optimizers.SGD(1.0), initial_scale=2.0)
+    apply(optimizer, [variable], [[3.4e38, -3.4e38]], how)
+    np.testing.assert_allclose(variable, [-1.7e38, 1.7e38])
+    assert not bool(optimizer.last_step_skipped)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_none_is_passed_over_and_sparse_gradients_stay_sparse(how):
+    table, unused = keras.Variable(np.ones((4, 2))), keras.Variable([5.0])
+
+    class SparseOnly(keras.optimizers.SGD):
+        seen = ()
+
+        def update_step(self, gradient, variable, learning_rate):
+            type(self).seen += (type(gradient),)
+            super().update_step(gradient, variable, learning_rate)
+
+    optimizer = make_optimizer(SparseOnly(1.0), initial_scale=4.0)
+    gradient = tf.IndexedSlices(tf.constant([[4.0, 8.0], [4.0, 0.0]]), tf.constant([2, 2]), tf.constant([4, 2]))
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        apply(optimizer, [table, unused], [gradient, None], how)
+    np.testing.assert_array_equal(table, [[1, 1], [1, 1], [-1, -1], [1, 1]])
+    np.testing.assert_array_equal(unused, [5.0])
+    assert set(SparseOnly.seen) == {tf.IndexedSlices}
+    bad = tf.IndexedSlices(tf.constant([[INF, 0.0]]), tf.constant([0]), tf.constant([4, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the same line of Keras's about the None, once a trace
+        apply(optimizer, [table, unused], [bad, None], how)
+    np.testing.assert_array_equal(table[0], [1, 1])
+    assert bool(optimizer.last_step_skipped)
+
+
+def test_no_gradient_at_all_is_keras_error():
+    with pytest.raises(ValueError, match="No gradients provided for any variable"):
+        apply(make_optimizer(), [keras.Variable([1.0])], [None])
+
+
+def test_the_scale_neither_runs_away_nor_decays_to_zero():
+    variable = keras.Variable([1.0])
+    optimizer = make_optimizer(initial_scale=2.0**23, dynamic_growth_steps=1, max_consecutive_skips=1000)
+    for _ in range(5):
+        apply(optimizer, [variable], [[0.0]])
+    assert float(optimizer.loss_scale) == 2.0**24
+    for _ in range(200):
+        apply(optimizer, [variable], [[NAN]])
+    assert float(optimizer.loss_scale) == 2.0**-14
+    apply(optimizer, [variable], [[0.0]])
+    np.testing.assert_array_equal(variable, [1.0])
+
+
+@pytest.mark.stock_defect
+def test_stock_the_scale_neither_runs_away_nor_decays_to_zero():
+    variable = keras.Variable([1.0])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=2.0**23)
+    for _ in range(200):
+        optimizer.apply([tf.constant([NAN])], [variable])
+    optimizer.apply([tf.constant([0.0])], [variable])
+    np.testing.assert_array_equal(variable, [1.0])
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_scale_loss_casts_to_float32_first(built):
+    optimizer = make_optimizer()
+    if built:
+        optimizer.build([keras.Variable([1.0])])
+    for dtype in ("float16", "bfloat16", "float32"):
+        scaled = optimizer.scale_loss(tf.constant(3.0, dtype))
+        assert scaled.dtype == tf.float32
+        assert float(scaled) == 3.0 * 2**15
+    assert optimizer.scale_loss(tf.constant(3.0, tf.float64)).dtype == tf.float64
+    assert float(optimizer.scale_loss(3)) == 3.0 * 2**15
+
+
+@pytest.mark.stock_defect
+def test_stock_scale_loss_casts_to_float32_first():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5))
+    assert float(optimizer.scale_loss(tf.constant(3.0, tf.float16))) == 3.0 * 2**15
+
+
+def test_the_state_is_readable_before_the_build_and_in_a_graph():
+    optimizer = make_optimizer()
+
+    def read():
+        return optimizer.loss_scale, optimizer.skipped_steps, optimizer.consecutive_skips, optimizer.last_step_skipped
+
+    expected = (2.0**15, 0, 0, False)
+    assert tuple(value.numpy() for value in read()) == expected
+    assert tuple(value.numpy() for value in tf.function(read)()) == expected
+    optimizer.build([keras.Variable([1.0])])
+    assert tuple(value.numpy() for value in tf.function(read, jit_compile=True)()) == expected
+    assert [value.dtype for value in read()] == [tf.float32, tf.int64, tf.int64, tf.bool]
+
+
+def test_minimize_takes_whole_steps_and_returns_the_loss():
+    weights = keras.Variable([2.0, -2.0])
+    optimizer = make_optimizer(keras.optimizers.SGD(0.25))
+
+    @tf.function
+    def step():
+        return optimizer.minimize(lambda: tf.reduce_sum(weights.value**2), [weights])
+
+    assert float(step()) == 8.0
+    np.testing.assert_array_equal(weights, [1.0, -1.0])
+
+
+def test_a_loop_that_forgets_scale_loss_is_told_once_with_the_right_lines():
+    variable, optimizer = keras.Variable([1.0]), make_optimizer()
+    with pytest.warns(KerasMPWarning, match=r"loss = optimizer.scale_loss\(compute_loss\(\)\)") as seen:
+        optimizer.apply_gradients([(tf.constant([1.0]), variable)])
+        optimizer.apply_gradients([(tf.constant([1.0]), variable)])
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+def make_model(policy="mixed_float16", loss="mse", **arguments):
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, dtype=policy), keras.layers.Dense(1, dtype=policy)]
+    )
+    model.compile(make_optimizer(keras.optimizers.Adam(0.01), **arguments), loss=loss)
+    return model
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_raises_when_stuck_and_says_that_the_loss_is_at_fault(jit_compile):
+    model = make_model(max_consecutive_skips=3)
+    model.jit_compile = jit_compile
+    x, y = np.full((40, 3), NAN, "float32"), np.zeros((40, 1), "float32")
+    with pytest.raises(LossScaleStuckError, match="The loss itself was not finite in") as stuck:
+        model.fit(x, y, batch_size=4, verbose=0)
+    skipped = int(model.optimizer.skipped_steps)
+    # Compiled by XLA, the step cannot raise; the end of `fit` does.
+    assert skipped == (10 if jit_compile else 3)
+    assert f"{skipped} training steps in a row were skipped" in str(stuck.value)
+    assert "global_clipnorm" in str(stuck.value)
+
+
+def test_stuck_with_a_finite_loss_names_the_gradients_and_the_floor():
+    variable = keras.Variable([1.0])
+    optimizer = make_optimizer(max_consecutive_skips=4, initial_scale=4.0, min_scale=1.0)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            # The gradient of the root at 0 is infinite, the value is not.
+            loss = optimizer.scale_loss(tf.reduce_sum(tf.sqrt(variable.value * 0.0)))
+        optimizer.apply(tape.gradient(loss, [variable.value]), [variable])
+
+    for _ in range(3):
+        step()
+    with pytest.raises(
+        LossScaleStuckError, match=r"4 training steps .* loss scale is 1 now; its floor is 1\. "
+    ) as stuck:
+        step()
+    assert "The loss was finite and its gradients were not, and the scale cannot fall any further" in str(stuck.value)
+    assert "dtype='float32'" in str(stuck.value)
+    assert int(optimizer.consecutive_skips) == 4  # told once, the state can be read
+    with pytest.raises(LossScaleStuckError, match="5 training steps"):
+        step()
+
+
+def test_stuck_above_the_floor_says_to_let_the_scale_fall():
+    optimizer, variable = make_optimizer(max_consecutive_skips=2), keras.Variable([1.0])
+    apply(optimizer, [variable], [[INF]])
+    with pytest.raises(LossScaleStuckError, match="still above its floor. Start from a smaller `initial_scale`"):
+        apply(optimizer, [variable], [[INF]])
+
+
+def test_a_graph_that_fails_otherwise_keeps_its_error():
+    def fail():
+        raise RuntimeError("something else")
+
+    with pytest.raises(tf.errors.UnknownError, match="something else") as raised:
+        tf.function(lambda: tf.py_function(fail, [], tf.float32))()
+    assert type(raised.value) is tf.errors.UnknownError
+
+
+ARGUMENT_ERRORS = [
+    ({"clipnorm": 1.0}, r"does not take `clipnorm`. Received: clipnorm=1.0. Set it on the `inner_optimizer`"),
+    ({"learning_rate": 0.1}, "does not take `learning_rate`"),
+    ({"gradient_accumulation_steps": 2}, r"keras.optimizers.Adam\(gradient_accumulation_steps=2\)"),
+    ({"growth_factor": 0.9}, "`growth_factor` must be"),
+    ({"backoff_factor": 1.5}, "`backoff_factor` must be"),
+    ({"initial_scale": -1.0}, "`initial_scale` must be a positive number"),
+    ({"initial_scale": INF}, "`initial_scale` must be a positive number that is finite"),
+    ({"max_consecutive_skips": 0}, "`max_consecutive_skips` must be an integer of at least 1. Received: .*=0"),
+    ({"max_consecutive_skips": None}, "Received: max_consecutive_skips=None"),
+    ({"dynamic_growth_steps": 0}, "`dynamic_growth_steps` must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENT_ERRORS)
+def test_bad_arguments_are_refused_in_words(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        make_optimizer(**arguments)
+
+
+def test_a_wrapped_optimizer_is_not_wrapped_again():
+    for wrapper in (keras_mp.LossScaleOptimizer, keras.optimizers.LossScaleOptimizer):
+        with pytest.raises(ArgumentError, match=r"already scales its loss. Received: LossScaleOptimizer around Adam"):
+            keras_mp.LossScaleOptimizer(wrapper(keras.optimizers.Adam()))
+
+
+def test_what_is_no_optimizer_is_refused_and_a_name_is_taken():
+    with pytest.raises(ArgumentError, match="or the name of one.*Received: 0.1 .of type float"):
+        keras_mp.LossScaleOptimizer(0.1)
+    assert isinstance(keras_mp.LossScaleOptimizer("adam").inner_optimizer, keras.optimizers.Adam)
+
+
+def test_config_round_trip_keeps_every_argument():
+    arguments = {
+        "initial_scale": 8.0,
+        "dynamic_growth_steps": 3,
+        "growth_factor": 4.0,
+        "backoff_factor": 0.25,
+        "hysteresis": 2,
+        "min_scale": 0.5,
+        "max_scale": 64.0,
+        "max_consecutive_skips": 7,
+        "dynamic": False,
+        "name": "scaled",
+    }
+    optimizer = make_optimizer(keras.optimizers.Adam(0.1, clipnorm=2.0), **arguments)
+    config = optimizer.get_config()
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert type(again) is keras_mp.LossScaleOptimizer
+    assert again.get_config() == config
+    assert {name: config[name] for name in arguments} == arguments
+    assert again.inner_optimizer.clipnorm == 2.0
+
+
+def batches():
+    random = np.random.default_rng(1)
+    return random.normal(size=(8, 4, 3)).astype("float32"), random.normal(size=(8, 4, 1)).astype("float32")
+
+
+def train(model, steps):
+    xs, ys = batches()
+    for step in steps:
+        x = xs[step]
+        if step == 3:
+            x = np.full_like(x, NAN)
+        model.train_on_batch(x, ys[step])
+
+
+def all_state(model):
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", "checkpoint"])
+def test_the_step_after_a_restore_is_the_step_that_would_have_come(suffix, tmp_path):
+    keras.utils.set_random_seed(3)
+    arguments = {"dynamic_growth_steps": 3, "hysteresis": 2}
+    model = make_model(**arguments)
+    train(model, range(5))
+    path = str(tmp_path / f"saved{suffix}")
+    if suffix == ".keras":
+        model.save(path)
+        restored = keras.models.load_model(path)
+        assert type(restored.optimizer) is keras_mp.LossScaleOptimizer
+    else:
+        restored = make_model(**arguments)
+        restored.optimizer.build(restored.trainable_variables)
+        if suffix == "checkpoint":
+            tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(path)
+            tf.train.Checkpoint(model=restored, optimizer=restored.optimizer).read(path).assert_consumed()
+        else:
+            # Keras saves the optimizer of a compiled model with its weights.
+            model.save_weights(path)
+            restored.load_weights(path)
+    assert_same(all_state(model), all_state(restored))
+    train(model, range(5, 8))
+    train(restored, range(5, 8))
+    assert_same(all_state(model), all_state(restored))
