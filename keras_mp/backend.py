@@ -9,17 +9,19 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from keras_mp.errors import MissingTensorFlowError
 
 __all__ = [
     "in_xla_context",
+    "one_device",
     "raise_from_graph",
     "remapper_enabled",
     "runtime_started",
     "set_remapper",
+    "without_all_reduce",
     "without_log_lines",
 ]
 
@@ -103,7 +105,11 @@ def _require_tensorflow() -> None:
 with contextlib.nullcontext() if "tensorflow" in sys.modules else without_log_lines(*_PREAMBLE):
     _require_tensorflow()
 
-import tensorflow as tf  # noqa: E402  (only after the check above is its absence explained)
+import keras  # noqa: E402  (only after the check above is its absence explained)
+import tensorflow as tf  # noqa: E402
+
+# `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
+from tensorflow.python.distribute import distribute_lib as _distribute_lib  # noqa: E402
 
 # Every public name that lists the runtime's devices starts it, and a started runtime takes no more configuration.
 from tensorflow.python.eager import context as _context  # noqa: E402
@@ -123,6 +129,63 @@ def in_xla_context() -> bool:
     if tf.executing_eagerly():
         return False
     return bool(_control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+@contextlib.contextmanager
+def one_device(
+    index: int, variables: Iterable[keras.Variable], optimizers: Iterable[keras.optimizers.Optimizer]
+) -> Iterator[None]:
+    """Inside, the program is one without a strategy: each variable is its copy on one device.
+
+    Keras's optimizers reduce gradients and update all devices' copies by themselves, in a way that allows neither a
+    condition around it nor XLA. What runs in here is free of both limits, and has to be run for every device.
+
+    Args:
+        index: which of the process's devices.
+        variables: what the program reads and writes. Variables without copies stay as they are.
+        optimizers: those that update them.
+    """
+    whole = {id(variable): (variable, variable._value) for variable in variables}
+    strategies = [(optimizer, optimizer._distribution_strategy) for optimizer in optimizers]
+    try:
+        for variable, value in whole.values():
+            if isinstance(value, tf.distribute.DistributedValues):
+                variable._value = value.values[index]
+        with _without_strategy():
+            for optimizer, _ in strategies:
+                optimizer._distribution_strategy = tf.distribute.get_strategy()
+            yield
+    finally:
+        for variable, value in whole.values():
+            variable._value = value
+        for optimizer, strategy in strategies:
+            optimizer._distribution_strategy = strategy
+
+
+@contextlib.contextmanager
+def without_all_reduce(optimizers: Iterable[keras.optimizers.Optimizer]) -> Iterator[None]:
+    """Inside, these optimizers take their gradients for sums over replicas already.
+
+    Args:
+        optimizers: those whose `apply` is called inside.
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        optimizer._all_reduce_sum_gradients = list
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer._all_reduce_sum_gradients
+
+
+@contextlib.contextmanager
+def _without_strategy() -> Iterator[None]:
+    _distribute_lib._push_per_thread_mode(_distribute_lib._get_default_replica_mode())
+    try:
+        yield
+    finally:
+        _distribute_lib._pop_per_thread_mode()
 
 
 # An exception that a Python op raises in a graph reaches the caller of the graph as a `tf.errors.UnknownError` with its

@@ -1,13 +1,14 @@
 """SavedModels for serving: float32 in and out, versioned, and verified without Keras."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -28,7 +29,8 @@ def export(model: keras.Model, path: "str | os.PathLike[str]") -> pathlib.Path:
 
     The signature `serving_default` takes and gives float32 whatever the model computes in, for TensorFlow Serving's
     REST interface knows no 16-bit type; integer and string tensors stay what they are. Inputs and outputs have the
-    model's names for them and any number of rows. The folder appears in whole or not at all.
+    model's names for them and any number of rows; outputs of one layer are told apart as "lstm", "lstm_1". The folder
+    appears in whole or not at all.
 
     Args:
         model: a built model with symbolic inputs (Functional or Sequential).
@@ -53,7 +55,6 @@ def export(model: keras.Model, path: "str | os.PathLike[str]") -> pathlib.Path:
     inputs = _named_inputs(model)
     folder = pathlib.Path(path)
     _check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
     module = tf.Module()
     # Variables alone: tracking the model itself would tie the file to Keras's classes.
@@ -67,6 +68,7 @@ def export(model: keras.Model, path: "str | os.PathLike[str]") -> pathlib.Path:
         for name, tensor in inputs.items()
     }
     signature = tf.function(serve, autograph=False).get_concrete_function(**specs)
+    folder.mkdir(parents=True, exist_ok=True)
     # Serving systems take folders with an integer for a name, so a version in the making has another one.
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
     try:
@@ -120,7 +122,7 @@ def verify_export(path: "str | os.PathLike[str]", model: keras.Model, batch: Any
     Args:
         path: folder of one version, as `export` returned it.
         model: the model that was exported.
-        batch: inputs as the model takes them: an array, a list in the model's order, or a dictionary.
+        batch: inputs as the model takes them, an array, or a list or dictionary of arrays; or by the export's names.
 
     Returns:
         An `ExportReport`.
@@ -131,31 +133,31 @@ def verify_export(path: "str | os.PathLike[str]", model: keras.Model, batch: Any
     """
     path = pathlib.Path(path)
     if not (path / "saved_model.pb").is_file():
-        versions = sorted(int(v.name) for v in path.glob("*") if v.name.isdigit()) if path.is_dir() else []
+        versions = _versions(path) if path.is_dir() else []
         hint = (
-            f"One of its versions may be meant: {path / str(versions[-1])}"
+            f"One of its versions may be meant: {str(path / str(max(versions)))!r}."
             if versions
             else "Export a model there first."
         )
         raise ExportError(f"No SavedModel at {str(path)!r}: it has no file saved_model.pb. {hint}")
-    given = _by_name(batch, _named_inputs(model))
+    given = _by_name(batch, model)
+    expected = _call(model, given)  # first, for Keras says in plain words what is wrong with a batch
     answers = _run_alone(path, given)
-
-    expected = _call(model, given)
     if set(answers) != set(expected):
         raise ExportError(
             f"The export at {str(path)!r} answers with {sorted(answers)}; the model has the outputs "
             f"{sorted(expected)}. Is it the export of this model?"
         )
     outputs = {
-        name: _compare(name, answers[name], _for_serving(tensor).numpy(), tensor.dtype.name)
+        name: _compare(name, answers[name], _as_array(_for_serving(tensor)), tensor.dtype.name)
         for name, tensor in expected.items()
     }
     return ExportReport(path, outputs, answers)
 
 
 def _compare(name: str, found: np.ndarray, expected: np.ndarray, compute_dtype: str) -> OutputReport:
-    if found.dtype != expected.dtype or found.shape != expected.shape:
+    strings = found.dtype.kind == expected.dtype.kind == "S"  # their dtype has the length of the longest
+    if (found.dtype != expected.dtype and not strings) or found.shape != expected.shape:
         raise ExportError(
             f"Output {name!r} of the export is {found.dtype} of shape {found.shape}; expected {expected.dtype} of "
             f"shape {expected.shape}. Export the model again."
@@ -184,21 +186,31 @@ def _compare(name: str, found: np.ndarray, expected: np.ndarray, compute_dtype: 
 def _run_alone(path: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         given, answered = pathlib.Path(scratch, "inputs.npz"), pathlib.Path(scratch, "outputs.npz")
-        np.savez(given, allow_pickle=False, **inputs)
+        # Names are data: as keywords they would collide with those of `savez`.
+        np.savez(given, np.array(list(inputs)), *inputs.values())
         script = pathlib.Path(__file__).with_name("_run_saved_model.py")
-        # -I: neither the working folder nor PYTHONPATH can bring Keras or this package in.
-        command = [sys.executable, "-I", str(script), str(path.resolve()), str(given), str(answered)]
+        # -I, or the script's own folder, this package's, would come before all others. What it takes away too, such as
+        # PYTHONPATH, may be where TensorFlow is installed.
+        folders = os.pathsep.join(folder for folder in sys.path if folder)
+        command = [sys.executable, "-I", str(script), str(path.resolve()), str(given), str(answered), folders]
         run = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False
         )
         if run.returncode != 0:
             raise ExportError(f"The export at {str(path)!r} does not run without Keras:\n{run.stderr.strip()[-2000:]}")
         with np.load(answered) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            names, dtypes, *values = (arrays[key] for key in arrays.files)
+        # The file format knows no bfloat16 and keeps its bytes.
+        return {
+            str(name): value.view(tf.as_dtype(str(dtype)).as_numpy_dtype) if value.dtype.kind == "V" else value
+            for name, dtype, value in zip(names, dtypes, values, strict=True)
+        }
 
 
 def _input_structure(model: keras.Model) -> Any:
-    """The symbolic inputs as the model takes them: a tensor, a list or a dictionary."""
+    """The symbolic inputs as the model takes them: a tensor, or lists and dictionaries of them."""
+    if not isinstance(model, keras.Model):
+        raise ExportError(f"Expected a keras.Model, received {model!r} of type {type(model).__name__}.")
     if not getattr(model, "inputs", None):
         raise ExportError(
             f"Model {model.name!r} has no symbolic inputs, so its signature is not known. Build it as a Functional "
@@ -210,27 +222,29 @@ def _input_structure(model: keras.Model) -> Any:
 
 def _named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
     structure = _input_structure(model)
-    if isinstance(structure, dict):
-        return dict(structure)
-    return {tensor.name: tensor for tensor in keras.tree.flatten(structure)}
+    tensors = keras.tree.flatten(structure)
+    return dict(zip(_names(structure, [tensor.name for tensor in tensors]), tensors, strict=True))
 
 
 def _call(model: keras.Model, tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Answers for named inputs, by name, in the dtypes that the model computes in."""
-    structure = _input_structure(model)
-    given = {name: tf.cast(tensors[name], tensor.dtype) for name, tensor in _named_inputs(model).items()}
-    if not isinstance(structure, dict):
-        given = keras.tree.pack_sequence_as(structure, list(given.values()))
-    answers = model(given, training=False)
-    if isinstance(answers, dict):
-        return dict(answers)
-    return dict(zip(_output_names(model), keras.tree.flatten(answers), strict=True))
+    given = [tf.cast(tensors[name], tensor.dtype) for name, tensor in _named_inputs(model).items()]
+    answers = model(keras.tree.pack_sequence_as(_input_structure(model), given), training=False)
+    flat = keras.tree.flatten(answers)
+    layers = [model.layers[-1].name] * len(flat) if isinstance(model, keras.Sequential) else model.output_names
+    return dict(zip(_names(answers, layers), flat, strict=True))
 
 
-def _output_names(model: keras.Model) -> list[str]:
-    if isinstance(model, keras.Sequential):
-        return [model.layers[-1].name]
-    return list(model.output) if isinstance(model.output, dict) else list(model.output_names)
+def _names(structure: Any, own_names: Sequence[str]) -> list[str]:
+    """A name for each tensor in a structure: its own, or where it stands if that has names; never one name twice."""
+    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
+    if any(isinstance(step, str) for path in paths for step in path):
+        own_names = ["_".join(str(step) for step in path) for path in paths]
+    names: list[str] = []
+    for name in own_names:
+        others = (f"{name}_{number}" for number in itertools.count(1))
+        names.append(next(each for each in itertools.chain([name], others) if each not in names))
+    return names
 
 
 def _serving_dtype(dtype: str) -> str:
@@ -245,17 +259,29 @@ def _for_serving(tensor: tf.Tensor) -> tf.Tensor:
     return tf.cast(tensor, tf.float32) if tensor.dtype.is_floating and tensor.dtype.size < 4 else tensor
 
 
-def _by_name(batch: Any, inputs: Mapping[str, keras.KerasTensor]) -> dict[str, np.ndarray]:
-    if isinstance(batch, Mapping):
+def _by_name(batch: Any, model: keras.Model) -> dict[str, np.ndarray]:
+    structure, inputs = _input_structure(model), _named_inputs(model)
+    if isinstance(batch, Mapping) and set(batch) == set(inputs):
         arrays = dict(batch)
+    elif keras.tree.is_nested(structure) or isinstance(batch, Mapping):
+        flat = keras.tree.flatten(batch)
+        arrays = dict(zip(_names(batch, list(inputs)[: len(flat)]), flat, strict=False))
+        if len(flat) != len(inputs) or set(arrays) != set(inputs):
+            received = sorted(arrays) if isinstance(batch, Mapping) else f"{len(flat)} arrays"
+            raise ExportError(
+                f"The batch must give the model's inputs {list(inputs)}, as a dictionary or in this order. Received: "
+                f"{received}"
+            )
     else:
-        arrays = dict(zip(inputs, batch if isinstance(batch, (list, tuple)) else [batch], strict=False))
-    if set(arrays) != set(inputs):
-        raise ExportError(
-            f"The batch must give the model's inputs {sorted(inputs)}, as a dictionary or in this order. Received: "
-            f"{sorted(arrays) if isinstance(batch, Mapping) else f'{len(arrays)} arrays'}"
-        )
-    return {name: np.asarray(tf.cast(arrays[name], _serving_dtype(tensor.dtype))) for name, tensor in inputs.items()}
+        # One input: rows, or Keras's list of one array. A list of numbers is rows.
+        alone = isinstance(batch, (list, tuple)) and len(batch) == 1 and hasattr(batch[0], "shape")
+        arrays = {next(iter(inputs)): batch[0] if alone else batch}
+    return {name: _as_array(tf.cast(arrays[name], _serving_dtype(tensor.dtype))) for name, tensor in inputs.items()}
+
+
+def _as_array(tensor: tf.Tensor) -> np.ndarray:
+    # Strings come as objects, which only a pickle could store.
+    return tensor.numpy().astype("S") if tensor.dtype == tf.string else tensor.numpy()
 
 
 def _check_folder(folder: pathlib.Path) -> None:
@@ -269,7 +295,7 @@ def _check_folder(folder: pathlib.Path) -> None:
         entry.name
         for entry in folder.iterdir()
         if not (
-            entry.name.startswith(".unfinished-") or (entry.name.isdigit() and (entry / "saved_model.pb").is_file())
+            entry.name.startswith(".unfinished-") or (entry.name.isdecimal() and (entry / "saved_model.pb").is_file())
         )
     )
     if others:
@@ -280,9 +306,13 @@ def _check_folder(folder: pathlib.Path) -> None:
         )
 
 
+def _versions(folder: pathlib.Path) -> list[int]:
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+
+
 def _publish(unfinished: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Renames to the next free version; another export that takes it first leaves the one after."""
-    version = 1 + max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0)
+    version = 1 + max(_versions(folder), default=0)
     while True:
         target = folder / str(version)
         try:

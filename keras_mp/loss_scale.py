@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_mp.errors import ArgumentError
 
-__all__ = ["LossScaleState", "LossScaling", "all_finite", "global_norm"]
+__all__ = ["LossScaleState", "LossScaling", "finite_and_norm"]
 
 
 class LossScaleState(NamedTuple):
@@ -66,7 +66,7 @@ class LossScaling:
     def __post_init__(self) -> None:
         for name in ("initial_scale", "min_scale", "max_scale"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0 and float32_is_finite(value)):
+            if not (_is_number(value) and value > 0 and _fits_float32(value)):
                 raise ArgumentError(
                     f"`{name}` must be a positive number that is finite in float32, for example {name}="
                     f"{getattr(LossScaling, name)}. Received: {name}={value!r}"
@@ -151,56 +151,79 @@ class LossScaling:
             nonfinite_losses=tf.where(finite, zero, state.nonfinite_losses + tf.where(loss_finite, zero, one)),
         )
 
+    def explain_stuck(self, scale: float, consecutive_skips: int, nonfinite_losses: int) -> str:
+        """Why so many steps in a row were skipped and what to try, in words for the user.
 
-def all_finite(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tf.Tensor:
-    """Whether every value of every gradient is finite.
+        Args:
+            scale: the scale now.
+            consecutive_skips: how many steps were skipped in a row.
+            nonfinite_losses: how many of them had a loss that was itself not finite.
+        """
+        if nonfinite_losses:
+            cause = (
+                f"The loss itself was not finite in {nonfinite_losses} of them, so no scale can help: the weights or "
+                "the data are at fault. Look for NaN or inf in a batch and in the weights, lower the learning rate or "
+                "set `global_clipnorm` on the inner optimizer, and see that the loss is computed in float32."
+            )
+        elif scale <= self.min_scale or not self.dynamic:
+            cause = (
+                "The loss was finite and its gradients were not, and the scale "
+                + ("cannot fall any further" if self.dynamic else "is fixed by dynamic=False")
+                + ". Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
+                "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
+            )
+        else:
+            cause = (
+                "The loss was finite and its gradients were not, and the scale is still above its floor. Start from a "
+                "smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or raise "
+                "`max_consecutive_skips` to let it fall further."
+            )
+        return (
+            f"{consecutive_skips} training steps in a row were skipped because their gradients were not finite. The "
+            f"weights have not changed since. The loss scale is {scale:g} now; its floor is {self.min_scale:g}. {cause}"
+        )
 
-    The sum of squares answers for nearly every step in one pass that writes nothing: it is finite only if every value
-    is. Where it is not, it may have overflowed over large finite values, so the values themselves are looked at.
+
+def finite_and_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Whether every value of every gradient is finite, and the Euclidean norm of them all as one vector.
+
+    The sum of squares answers both for nearly every step, in one pass that writes nothing: it is finite only if every
+    value is. Where it is not, it may have overflowed over large finite values, so the values themselves are looked at.
 
     Args:
-        gradients: dense tensors or `tf.IndexedSlices` of any float dtype and shape; `None` is passed over.
+        gradients: dense tensors or `tf.IndexedSlices` of any float dtype and shape; `None` is passed over. The rows of
+            `tf.IndexedSlices` count as they stand, as in `tf.linalg.global_norm`.
 
     Returns:
-        A bool scalar tensor; True for no gradients at all.
+        A bool scalar, True for no gradients at all, and a float32 scalar (float64 where a gradient is), which is finite
+        wherever the true norm is.
 
     Example:
 
-    >>> from keras_mp.loss_scale import all_finite
-    >>> bool(all_finite([tf.constant([1.0, 3e38]), None])), bool(all_finite([tf.constant([1.0, float("inf")])]))
-    (True, False)
+    >>> from keras_mp.loss_scale import finite_and_norm
+    >>> finite, norm = finite_and_norm([tf.constant([3e30, 4e30]), None])
+    >>> bool(finite), f"{norm:.0e}"
+    (True, '5e+30')
+    >>> bool(finite_and_norm([tf.constant([1.0, float("inf")])])[0])
+    False
     """
     values = _values(gradients)
     if not values:
-        return tf.constant(True)
-    return tf.cond(
-        tf.math.is_finite(_sum_of_squares(values)),
-        lambda: tf.constant(True),
-        lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values]),
-    )
-
-
-def global_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tf.Tensor:
-    """The Euclidean norm of all gradients as one vector, finite wherever the true norm is.
-
-    Args:
-        gradients: as for `all_finite`. The rows of `tf.IndexedSlices` count as they stand, as in
-            `tf.linalg.global_norm`.
-
-    Returns:
-        A float32 scalar tensor (float64 where a gradient is).
-    """
-    values = _values(gradients)
-    if not values:
-        return tf.constant(0.0)
+        return tf.constant(True), tf.constant(0.0)
     squares = _sum_of_squares(values)
 
     def rescaled() -> tf.Tensor:
         # By the largest value, so that no square overflows.
-        largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(value)), squares.dtype) for value in values])
+        largest = tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(v)), squares.dtype) for v in values]))
         return largest * tf.sqrt(_sum_of_squares([tf.cast(value, squares.dtype) / largest for value in values]))
 
-    return tf.cond(tf.math.is_finite(squares), lambda: tf.sqrt(squares), rescaled)
+    exact = tf.math.is_finite(squares)
+    finite = tf.cond(
+        exact,
+        lambda: tf.constant(True),
+        lambda: tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])),
+    )
+    return finite, tf.cond(exact, lambda: tf.sqrt(squares), rescaled)
 
 
 def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
@@ -220,5 +243,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def float32_is_finite(value: float) -> bool:
+def _fits_float32(value: float) -> bool:
     return 2.0**-149 <= abs(value) <= (2 - 2.0**-23) * 2.0**127

@@ -1,6 +1,7 @@
 """`LossScaleOptimizer`: Keras's wrapper of that name, with a loss scale that cannot run away or fall silent."""
 
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
-from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite
+from keras_mp.loss_scale import LossScaleState, LossScaling, finite_and_norm
+from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
 
 __all__ = ["LossScaleOptimizer"]
 
@@ -37,6 +39,7 @@ _OWN_ARGUMENTS: dict[str, Any] = {
     "max_scale": 2.0**24,
     "max_consecutive_skips": 50,
     "dynamic": True,
+    "jit_compile": "auto",
 }
 _OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
 
@@ -75,6 +78,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         max_scale: the ceiling, above which it never grows.
         max_consecutive_skips: so many skipped steps in a row raise `LossScaleStuckError`.
         dynamic: False keeps the scale at `initial_scale`; steps with non-finite gradients are skipped all the same.
+        jit_compile: whether XLA compiles the update of the weights, which then takes one pass over them instead of one
+            for each operation; nothing else of the step is touched. "auto" does so where it pays: see
+            `jit_compile_reason`.
         name: the optimizer's name.
 
     Raises:
@@ -118,6 +124,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         max_scale: float = 2.0**24,
         max_consecutive_skips: int = 50,
         dynamic: bool = True,
+        jit_compile: "bool | str" = "auto",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -153,8 +160,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         self.max_consecutive_skips = max_consecutive_skips
         self._scaling = scaling
+        self._update = WeightUpdate(inner_optimizer, jit_compile)
         # What `scale_loss` saw, for the `apply` of the same step: whether the loss was finite, and that it was called.
-        self._loss_finite: tf.Tensor | None = None
+        self._loss_finite: dict[int, tf.Tensor] = {}  # by thread, for replicas run in one each
         self._scale_was_used = False
         self._stuck_told_at = 0
 
@@ -179,6 +187,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Whether the latest step was skipped, a bool scalar tensor."""
         return self._read().consecutive_skips > 0
 
+    @property
+    def jit_compile(self) -> "bool | str":
+        """What was asked for: True, False or "auto"."""
+        return self._update.jit_compile
+
+    @property
+    def jit_compile_reason(self) -> str:
+        """Whether XLA compiles the update of the weights, and if not, why, as the latest traced step decided."""
+        return self._update.reason
+
     def build(self, var_list: Sequence[keras.Variable]) -> None:
         """Creates the state of the scale and the slots of the inner optimizer.
 
@@ -198,6 +216,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
             for name in _OWN_STATE
         }
+        # Nadam keeps a running product that Keras tracks nowhere, so that no file would hold it.
+        known = {id(v) for v in self.variables}
+        strays = [
+            value
+            for optimizer in self._update.optimizers
+            for value in vars(optimizer).values()
+            if isinstance(value, keras.Variable) and id(value) not in known
+        ]
+        for variable in strays:
+            self._track_variable(variable)
+        self._added_variables = [*self._own_state.values(), *strays]
 
     def scale_loss(self, loss: Any) -> tf.Tensor:
         """Multiplies the loss by the scale. Call it inside the tape, on the loss whose gradients are taken.
@@ -212,7 +241,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._scale_was_used = True
         loss = tf.convert_to_tensor(loss)
         loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)
-        self._loss_finite = tf.reduce_all(tf.math.is_finite(loss))
+        self._loss_finite[threading.get_ident()] = tf.reduce_all(tf.math.is_finite(loss))
         return loss * tf.cast(self._state().scale, loss.dtype)
 
     def apply(
@@ -234,25 +263,25 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         grads = list(grads)
         if not grads:
             return
-        if trainable_variables is None and not self.built:
+        if tf.distribute.in_cross_replica_context():
             raise ValueError(
-                "Without `trainable_variables` the optimizer must be built first: "
-                "optimizer.build(model.trainable_variables)"
+                "`apply` was called in a cross-replica context, where there is one gradient for each replica. Call it "
+                "in the function that strategy.run(...) runs."
             )
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-            if not self.built:
-                self.build(trainable_variables)
+        variables = self._variables_for(grads, trainable_variables)
         if not self._scale_was_used:
             self._scale_was_used = True
             warnings.warn(_UNSCALED_LOSS, KerasMPWarning, stacklevel=3)
-
-        state = self._state()
-        finite = all_finite(grads)
-        tf.cond(finite, lambda: self._update_weights(grads, trainable_variables, state.scale), lambda: None)
-        state = self._scaling.update(state, finite, self._take_loss_finite())
-        self._assign_state(state)
-        self._raise_if_stuck(state)
+        loss_finite, scale = self._take_loss_finite(), None
+        if tf.distribute.has_strategy():
+            grads, loss_finite = self._over_replicas(grads, variables, loss_finite)
+            scale = tf.ones([])
+        distribution.on_each_device(
+            lambda grads, loss_finite, scale: self._step(grads, variables, loss_finite, scale),
+            (grads, loss_finite, scale),
+            variables=[v for v in [*variables, *self.variables] if isinstance(v, keras.Variable)],
+            optimizers=self._update.optimizers,
+        )
 
     def minimize(self, loss: Callable[[], Any], variables: Sequence[keras.Variable]) -> tf.Tensor:
         """Takes one training step: loss, scaled gradients, update.
@@ -278,7 +307,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with tf.GradientTape() as tape:
             unscaled = tf.convert_to_tensor(loss())
             scaled = self.scale_loss(unscaled)
-        self.apply(tape.gradient(scaled, [_tensorflow_variable(v) for v in variables]), variables)
+        self.apply(tape.gradient(scaled, [tensorflow_variable(v) for v in variables]), variables)
         return unscaled
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
@@ -299,10 +328,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Args:
             store: mapping from the variables' numbers, as strings, to their values.
         """
-        if not self.built or len(store.keys()) != len(self.variables) - len(self._own_state):
+        if not self.built or len(store.keys()) != len(self.variables) - len(self._added_variables):
             super().load_own_variables(store)
             return
-        own = {id(variable) for variable in self._own_state.values()}
+        own = {id(variable) for variable in self._added_variables}
         for number, variable in enumerate(v for v in self.variables if id(v) not in own):
             variable.assign(store[str(number)])
         initial = self._scaling.initial_state()
@@ -315,7 +344,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Those that Keras's wrapper does not have are listed only where they differ from their defaults.
         """
         config = super().get_config()
-        own = {**dataclasses.asdict(self._scaling), "max_consecutive_skips": self.max_consecutive_skips}
+        own = {
+            **dataclasses.asdict(self._scaling),
+            "max_consecutive_skips": self.max_consecutive_skips,
+            "jit_compile": self.jit_compile,
+        }
         config.update({name: own[name] for name, default in _OWN_ARGUMENTS.items() if own[name] != default})
         return config
 
@@ -348,33 +381,81 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._raise_if_stuck(state)
         return state
 
-    def _update_weights(
-        self,
-        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
-        trainable_variables: Sequence[keras.Variable] | None,
-        scale: tf.Tensor,
-    ) -> None:
-        variables = self._trainable_variables if trainable_variables is None else trainable_variables
-        unscaled = [
-            # A gradient that replaces its variable, such as the scale of a float8 tensor, never had the loss in it.
-            g if g is None or getattr(v, "overwrite_with_gradient", False) else _unscale(g, scale)
-            for g, v in zip(grads, variables, strict=True)
-        ]
-        self.inner_optimizer.apply(unscaled, trainable_variables)
+    def _variables_for(
+        self, grads: list[Any], trainable_variables: Sequence[keras.Variable] | None
+    ) -> list[keras.Variable]:
+        if trainable_variables is None and not self.built:
+            raise ValueError(
+                "Without `trainable_variables` the optimizer must be built first: "
+                "optimizer.build(model.trainable_variables)"
+            )
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"Received {len(grads)} gradients for {len(variables)} variables; expected one for each, with None "
+                "where there is none: optimizer.apply(tape.gradient(loss, variables), variables)"
+            )
+        if not self.built:
+            distribution.once_for_all_replicas(lambda: self.build(variables))
+        return variables
 
-    def _take_loss_finite(self) -> tf.Tensor | bool:
+    def _over_replicas(
+        self, grads: list[Any], variables: list[keras.Variable], loss_finite: "tf.Tensor | bool"
+    ) -> tuple[list[Any], tf.Tensor]:
+        """Unscaled gradients of the global batch, and whether the loss was finite on every replica.
+
+        Gradients are unscaled before they are added up: the sum of scaled ones may overflow where the gradient does
+        not. A value that is not finite on one replica makes the sum so on all of them.
+        """
+        scale = self._state().scale
+        replaced = [replaces_variable(v) for v in variables]
+        bad_losses = tf.where(loss_finite, 0.0, 1.0)
+        *sums, bad_losses = distribution.sum_over_replicas(
+            [
+                *(None if g is None or over else unscale(g, scale) for g, over in zip(grads, replaced, strict=True)),
+                bad_losses,
+            ]
+        )
+        for index, (gradient, over) in enumerate(zip(grads, replaced, strict=True)):
+            if over and gradient is not None:
+                # The history of largest values, and a scale that grows with them: the global batch has their maximum.
+                sums[index] = distribution.maximum_over_replicas(gradient)
+        return sums, bad_losses == 0
+
+    def _step(
+        self,
+        grads: "list[tf.Tensor | tf.IndexedSlices | None]",
+        variables: list[keras.Variable],
+        loss_finite: "tf.Tensor | bool",
+        scale: tf.Tensor | None,
+    ) -> None:
+        """The whole step on one device, with the gradients of the global batch."""
+        state = self._state()
+        scale = state.scale if scale is None else scale
+        finite, norm = finite_and_norm(grads)
+        # What replaces its variable is checked like the rest, and is no part of the norm.
+        if any(map(replaces_variable, variables)):
+            _, norm = finite_and_norm([g for g, v in zip(grads, variables, strict=True) if not replaces_variable(v)])
+        tf.cond(finite, lambda: self._update(grads, variables, scale, norm), lambda: None)
+        state = self._scaling.update(state, finite, loss_finite)
+        self._assign_state(state)
+        self._raise_if_stuck(state)
+
+    def _take_loss_finite(self) -> "tf.Tensor | bool":
         """Whether the loss that `scale_loss` saw in this step was finite; True where that cannot be known."""
-        seen, self._loss_finite = self._loss_finite, None
-        if seen is None:
+        seen = self._loss_finite.pop(threading.get_ident(), None)
+        if seen is None or tf.executing_eagerly() != hasattr(seen, "numpy"):
             return True
-        if tf.executing_eagerly():
-            return seen if isinstance(seen, tf.__internal__.EagerTensor) else True
-        return True if getattr(seen, "graph", None) is not tf.compat.v1.get_default_graph() else seen
+        if not tf.executing_eagerly() and seen.graph is not tf.compat.v1.get_default_graph():
+            return True
+        return seen
 
     def _raise_if_stuck(self, state: LossScaleState) -> None:
         def make_error(scale: float, skipped: int, consecutive: int, nonfinite_losses: int) -> LossScaleStuckError:
             self._stuck_told_at = int(skipped)
-            return LossScaleStuckError(self._stuck_message(float(scale), int(consecutive), int(nonfinite_losses)))
+            return LossScaleStuckError(
+                self._scaling.explain_stuck(float(scale), int(consecutive), int(nonfinite_losses))
+            )
 
         facts = [state.scale, state.skipped_steps, state.consecutive_skips, state.nonfinite_losses]
         stuck = state.consecutive_skips >= self.max_consecutive_skips
@@ -383,32 +464,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 raise make_error(*(fact.numpy() for fact in facts))
         elif not backend.in_xla_context():
             tf.cond(stuck, lambda: backend.raise_from_graph(make_error, facts), tf.no_op)
-
-    def _stuck_message(self, scale: float, consecutive: int, nonfinite_losses: int) -> str:
-        if nonfinite_losses:
-            cause = (
-                f"The loss itself was not finite in {nonfinite_losses} of them, so no scale can help: the weights or "
-                "the data are at fault. Look for NaN or inf in a batch and in the weights, lower the learning rate or "
-                "set `global_clipnorm` on the inner optimizer, and see that the loss is computed in float32."
-            )
-        elif scale <= self._scaling.min_scale or not self._scaling.dynamic:
-            cause = (
-                "The loss was finite and its gradients were not, and the scale "
-                + ("cannot fall any further" if self._scaling.dynamic else "is fixed by dynamic=False")
-                + ". Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
-                "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
-            )
-        else:
-            cause = (
-                "The loss was finite and its gradients were not, and the scale is still above its floor. Start from a "
-                "smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or raise "
-                "`max_consecutive_skips` to let it fall further."
-            )
-        return (
-            f"{consecutive} training steps in a row were skipped because their gradients were not finite. The weights "
-            f"have not changed since. The loss scale is {scale:g} now; its floor is {self._scaling.min_scale:g}. "
-            + cause
-        )
 
 
 def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
@@ -426,17 +481,3 @@ def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
             f"keras.optimizers.Adam(1e-3) or 'adam'. Received: {optimizer!r} (of type {type(optimizer).__name__})"
         )
     return optimizer
-
-
-def _unscale(gradient: "tf.Tensor | tf.IndexedSlices", scale: tf.Tensor) -> "tf.Tensor | tf.IndexedSlices":
-    """Divides in float32, where the quotient of a float16 gradient does not underflow. Sparse stays sparse."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
-    gradient = tf.convert_to_tensor(gradient)
-    if gradient.dtype.size < 4:
-        gradient = tf.cast(gradient, tf.float32)
-    return gradient / tf.cast(scale, gradient.dtype)
-
-
-def _tensorflow_variable(variable: Any) -> tf.Variable:
-    return variable.value if isinstance(variable, keras.Variable) else variable

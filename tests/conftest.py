@@ -26,4 +26,6 @@ def pytest_collection_modifyitems(items):
     """A `stock_defect` test states what stock Keras should do; the day it does, the report says XPASS."""
     for item in items:
         if item.get_closest_marker("stock_defect"):
-            item.add_marker(pytest.mark.xfail(reason="stock Keras gets this wrong", strict=False, raises=AssertionError))
+            item.add_marker(
+                pytest.mark.xfail(raises=AssertionError, reason="stock Keras gets this wrong", strict=False)
+            )

@@ -165,18 +165,18 @@ FINITE_CASES = {
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "xla"])
 @pytest.mark.parametrize("case", FINITE_CASES)
-def test_all_finite(case, compiled):
+def test_finiteness(case, compiled):
     values, dtype, expected = FINITE_CASES[case]
     gradients = [tf.constant(value, dtype) for value in values]
-    check = tf.function(lambda *g: loss_scale.all_finite(g), jit_compile=compiled)
+    check = tf.function(lambda *g: loss_scale.finite_and_norm(g)[0], jit_compile=compiled)
     assert bool(check(*gradients)) is expected
 
 
-def test_all_finite_looks_into_sparse_gradients_and_passes_over_none():
+def test_finiteness_looks_into_sparse_gradients_and_passes_over_none():
     bad = tf.IndexedSlices(tf.constant([[1.0, math.nan]]), tf.constant([2]), tf.constant([3, 2]))
     good = tf.IndexedSlices(tf.constant([[1.0, 2.0]]), tf.constant([2]), tf.constant([3, 2]))
-    assert not bool(loss_scale.all_finite([None, bad]))
-    assert bool(loss_scale.all_finite([None, good]))
+    assert not bool(loss_scale.finite_and_norm([None, bad])[0])
+    assert bool(loss_scale.finite_and_norm([None, good])[0])
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_all_finite_looks_into_sparse_gradients_and_passes_over_none():
         ([[0.0]], "float32"),
     ],
 )
-def test_global_norm_equals_float64_numpy_where_squares_overflow_too(values, dtype):
+def test_the_norm_equals_float64_numpy_where_squares_overflow_too(values, dtype):
     gradients = [tf.constant(value, dtype) for value in values]
     exact = np.sqrt(sum(np.sum(np.square(np.array(g.numpy(), np.longdouble))) for g in gradients))
     if exact > np.finfo(np.float32).max and dtype == "float32":
         exact = np.inf
-    np.testing.assert_allclose(float(loss_scale.global_norm(gradients)), float(exact), rtol=1e-6)
+    np.testing.assert_allclose(float(loss_scale.finite_and_norm(gradients)[1]), float(exact), rtol=1e-6)
