@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import keyword
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +31,9 @@ def export(model: keras.Model, path: "str | os.PathLike[str]") -> pathlib.Path:
 
     The signature `serving_default` takes and gives float32 whatever the model computes in, for TensorFlow Serving's
     REST interface knows no 16-bit type; integer and string tensors stay what they are. Inputs and outputs have the
-    model's names for them and any number of rows; outputs of one layer are told apart as "lstm", "lstm_1". The folder
-    appears in whole or not at all.
+    model's names for them and any number of rows; outputs of one layer are told apart as "lstm", "lstm_1", and an input
+    "user-id" is "user_id", for a signature allows no more than letters, digits and "_". The folder appears in whole or
+    not at all.
 
     Args:
         model: a built model with symbolic inputs (Functional or Sequential).
@@ -223,7 +226,8 @@ def _input_structure(model: keras.Model) -> Any:
 def _named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
     structure = _input_structure(model)
     tensors = keras.tree.flatten(structure)
-    return dict(zip(_names(structure, [tensor.name for tensor in tensors]), tensors, strict=True))
+    names = [_parameter_name(name) for name in _names(structure, [tensor.name for tensor in tensors])]
+    return dict(zip(_distinct(names), tensors, strict=True))
 
 
 def _call(model: keras.Model, tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -232,19 +236,31 @@ def _call(model: keras.Model, tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.
     answers = model(keras.tree.pack_sequence_as(_input_structure(model), given), training=False)
     flat = keras.tree.flatten(answers)
     layers = [model.layers[-1].name] * len(flat) if isinstance(model, keras.Sequential) else model.output_names
-    return dict(zip(_names(answers, layers), flat, strict=True))
+    return dict(zip(_distinct(_names(answers, layers)), flat, strict=True))
 
 
-def _names(structure: Any, own_names: Sequence[str]) -> list[str]:
-    """A name for each tensor in a structure: its own, or where it stands if that has names; never one name twice."""
+def _names(structure: Any, own_names: Sequence[str]) -> Sequence[str]:
+    """A name for each tensor in a structure: its own, or where it stands if that has names."""
     paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
     if any(isinstance(step, str) for path in paths for step in path):
-        own_names = ["_".join(str(step) for step in path) for path in paths]
-    names: list[str] = []
-    for name in own_names:
+        return ["_".join(str(step) for step in path) for path in paths]
+    return own_names
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The same names; one that comes again gets a number."""
+    distinct: list[str] = []
+    for name in names:
         others = (f"{name}_{number}" for number in itertools.count(1))
-        names.append(next(each for each in itertools.chain([name], others) if each not in names))
-    return names
+        distinct.append(next(each for each in itertools.chain([name], others) if each not in distinct))
+    return distinct
+
+
+def _parameter_name(name: str) -> str:
+    """TensorFlow makes parameters of a Python function of a signature's inputs, and `self` is one of its own."""
+    name = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    name = name if name[:1].isalpha() else f"arg_{name}"
+    return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
 
 
 def _serving_dtype(dtype: str) -> str:
@@ -265,13 +281,14 @@ def _by_name(batch: Any, model: keras.Model) -> dict[str, np.ndarray]:
         arrays = dict(batch)
     elif keras.tree.is_nested(structure) or isinstance(batch, Mapping):
         flat = keras.tree.flatten(batch)
-        arrays = dict(zip(_names(batch, list(inputs)[: len(flat)]), flat, strict=False))
-        if len(flat) != len(inputs) or set(arrays) != set(inputs):
-            received = sorted(arrays) if isinstance(batch, Mapping) else f"{len(flat)} arrays"
+        names = [_parameter_name(name) for name in _names(batch, list(inputs))]
+        if len(flat) != len(inputs) or set(names) != set(inputs):
+            received = sorted(names) if isinstance(batch, Mapping) else f"{len(flat)} arrays"
             raise ExportError(
                 f"The batch must give the model's inputs {list(inputs)}, as a dictionary or in this order. Received: "
                 f"{received}"
             )
+        arrays = dict(zip(names, flat, strict=True))
     else:
         # One input: rows, or Keras's list of one array. A list of numbers is rows.
         alone = isinstance(batch, (list, tuple)) and len(batch) == 1 and hasattr(batch[0], "shape")

@@ -1,5 +1,7 @@
 """Every layer keeps the contract, and does what the stock layer does not."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -43,12 +45,6 @@ CASES = {
     "BatchNormalization, mask": Case(
         layers.BatchNormalization, keras.layers.BatchNormalization, (1, 5, 3), {"training": True, "mask": MASK}
     ),
-    "BatchNormalization, renorm": Case(
-        lambda: layers.BatchNormalization(renorm=True, scale=False),
-        lambda: keras.layers.BatchNormalization(renorm=True, scale=False),
-        (4, 3, 5),
-        {"training": True},
-    ),
     "Float32": Case(
         lambda: layers.Float32(keras.layers.Dense(5)),
         lambda: keras.layers.Dense(5, dtype="float32"),
@@ -57,6 +53,13 @@ CASES = {
         loads_stock_config=False,
     ),
 }
+if "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters:  # not in Keras 3.12, for Python 3.10
+    CASES["BatchNormalization, renorm"] = Case(
+        lambda: layers.BatchNormalization(renorm=True, scale=False),
+        lambda: keras.layers.BatchNormalization(renorm=True, scale=False),
+        (4, 3, 5),
+        {"training": True},
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -250,12 +253,11 @@ def test_softmax_over_two_axes_of_large_logits():
     assert_close(layers.Softmax(axis=[1, 2])(x), expected / expected.sum(), 1e-6)
 
 
-@pytest.mark.parametrize("make", [layers.Softmax, keras.layers.Softmax])
-def test_softmax_words_a_bad_mask_as_keras(make):
+def test_softmax_words_a_bad_mask_as_keras():
     with pytest.raises(ValueError, match="must not have more dimensions"):
-        make()(np.ones((2, 3), "float32"), mask=np.ones((1, 2, 3), bool))
+        layers.Softmax()(np.ones((2, 3), "float32"), mask=np.ones((1, 2, 3), bool))
     with pytest.raises(ValueError, match="Each mask dimension must be 1 or match the corresponding input dimension"):
-        make()(np.ones((2, 3), "float32"), mask=np.ones((2, 2), bool))
+        layers.Softmax()(np.ones((2, 3), "float32"), mask=np.ones((2, 2), bool))
 
 
 def test_softmax_takes_a_mask_of_numbers():

@@ -170,7 +170,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             # A 16-bit input stays one only where the answer has the same dtype: the fused kernel answers in it.
             x = tf.cast(x, keras.backend.result_type(x.dtype, self.compute_dtype, "float32"))
         by_batch = bool(training) and self.trainable
-        if mask is not None or (by_batch and (self.renorm or self.synchronized)):
+        renorm = getattr(self, "renorm", False)  # Keras 3.12, the last for Python 3.10, has none
+        if mask is not None or (by_batch and (renorm or self.synchronized)):
             return super().call(x, training=training, mask=mask)
 
         fused = (
