@@ -92,11 +92,15 @@ def _require_tensorflow() -> None:
             f"keras_mp needs TensorFlow 2.20 or 2.21, and {tf.__version__} is installed here. Upgrade it with the "
             'extra for your hardware, for example: pip install --upgrade "keras-mp[cpu]".'
         )
-    import keras
+    # Keras's own error for a backend that is not installed would name that one.
+    asked = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if asked == "tensorflow" or "keras" in sys.modules:
+        import keras
 
-    if keras.backend.backend() != "tensorflow":
+        asked = keras.backend.backend()
+    if asked != "tensorflow":
         raise MissingTensorFlowError(
-            f"keras_mp works with Keras on TensorFlow, and Keras runs on {keras.backend.backend()!r} here. Set the "
+            f"keras_mp works with Keras on TensorFlow, and Keras runs on {asked!r} here. Set the "
             'environment variable KERAS_BACKEND="tensorflow" (or "backend": "tensorflow" in ~/.keras/keras.json) '
             "before the first `import keras`."
         )

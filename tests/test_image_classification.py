@@ -246,7 +246,7 @@ def test_two_processes_can_prepare_at_once_and_say_nothing(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "default", "-c", code, tmp_path / "data", tmp_path / here, tmp_path / there],
+            [sys.executable, "-c", code, tmp_path / "data", tmp_path / here, tmp_path / there],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -251,6 +251,14 @@ def make_model(policy="mixed_float16", loss="mse", **arguments):
     return model
 
 
+def test_keras_does_not_wrap_it_again():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.dtype_policy = keras.DTypePolicy("mixed_float16")
+    optimizer = make_optimizer()
+    model.compile(optimizer, loss="mse")
+    assert model.optimizer is optimizer
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit_raises_when_stuck_and_says_that_the_loss_is_at_fault(jit_compile):
     model = make_model(max_consecutive_skips=3)

@@ -1,0 +1,164 @@
+"""What rests on private names of TensorFlow and Keras: each test fails with the name when one of them moves."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import pytest
+import tensorflow as tf
+
+from keras_mp import backend
+
+
+def raising(error):
+    @tf.function
+    def program(x):
+        tf.cond(x > 0, lambda: backend.raise_from_graph(lambda x: error(f"x is {x}"), [x]), tf.no_op)
+        return x
+
+    return program
+
+
+def test_in_xla_context_tells_who_compiles():
+    """Rests on `tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext`."""
+    seen = {}
+
+    def look(name):
+        seen[name] = backend.in_xla_context()
+
+    look("eager")
+    tf.function(lambda: look("graph"))()
+    tf.function(lambda: look("xla"), jit_compile=True)()
+    tf.function(lambda: tf.function(lambda: look("inside xla"))(), jit_compile=True)()
+    tf.function(lambda: tf.function(lambda: look("xla inside"), jit_compile=True)())()
+    assert seen == {"eager": False, "graph": False, "xla": True, "inside xla": True, "xla inside": True}
+
+
+def test_raise_from_graph_raises_the_very_type_with_its_text():
+    """Rests on TensorFlow making a `tf.errors.UnknownError` by calling the class."""
+
+    class ThisError(ValueError):
+        pass
+
+    program = raising(ThisError)
+    assert int(program(tf.constant(0))) == 0
+    for x in (1, 2):
+        with pytest.raises(ThisError) as raised:
+            program(tf.constant(x))
+        assert str(raised.value) == f"x is {x}"
+        assert isinstance(raised.value, tf.errors.UnknownError)
+        assert raised.value.args == (f"x is {x}",)
+
+
+def test_other_unknown_errors_are_what_they_were():
+    error = tf.errors.UnknownError(None, None, "something")
+    assert type(error) is tf.errors.UnknownError
+    assert error.message == "something"
+
+    def fails():
+        raise RuntimeError("something else")
+
+    with pytest.raises(tf.errors.UnknownError, match="something else") as raised:
+        tf.function(lambda: tf.py_function(fails, [], tf.float32))()
+    assert type(raised.value) is tf.errors.UnknownError
+
+
+def test_one_device_steps_out_of_the_strategy_and_back(mirrored):
+    """Rests on `distribute_lib._push_per_thread_mode`, `keras.Variable._value`, `Optimizer._distribution_strategy`."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        variable, optimizer = keras.Variable(1.0), keras.optimizers.SGD()
+    whole = variable.value
+
+    def program():
+        def across(strategy):
+            for index in range(2):
+                with backend.one_device(index, [variable], [optimizer]):
+                    assert not tf.distribute.has_strategy()
+                    assert optimizer._distribution_strategy is tf.distribute.get_strategy()
+                    assert variable.value is whole.values[index]
+                    variable.assign(10.0 + index)
+
+        tf.distribute.get_replica_context().merge_call(across)
+
+    tf.function(lambda: strategy.run(program))()
+    assert [float(value) for value in whole.values] == [10.0, 11.0]
+    assert variable.value is whole
+    assert optimizer._distribution_strategy is strategy
+    assert not tf.distribute.has_strategy()
+
+
+def test_without_all_reduce_takes_sums_as_they_are():
+    """Rests on `Optimizer._all_reduce_sum_gradients`, through which Keras's optimizers add up over replicas."""
+    variable, optimizer, calls = keras.Variable([0.0]), keras.optimizers.SGD(1.0), []
+    keras_own = optimizer._all_reduce_sum_gradients
+    optimizer._all_reduce_sum_gradients = lambda pairs: calls.append("Keras's") or keras_own(pairs)
+    optimizer.apply([tf.ones([1])], [variable])
+    del optimizer._all_reduce_sum_gradients
+    with backend.without_all_reduce([optimizer]):
+        assert optimizer._all_reduce_sum_gradients is list
+        optimizer.apply([tf.ones([1])], [variable])
+    assert optimizer._all_reduce_sum_gradients == keras_own
+    assert calls == ["Keras's"]
+    assert variable.numpy().tolist() == [-2.0]
+
+
+def test_runtime_started_tells_without_starting_it():
+    """Rests on `tensorflow.python.eager.context.context()._initialized`."""
+    code = (
+        "from keras_mp import backend\n"
+        "import tensorflow as tf\n"
+        "before = backend.runtime_started(), backend.runtime_started()\n"
+        "tf.constant(1) + 1\n"
+        "print(before, backend.runtime_started())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "(False, False) True"
+
+
+def test_log_lines_are_dropped_by_their_marks_and_the_others_passed_on(capfd, monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    with backend.without_log_lines("noise:"):
+        os.write(2, b"a noise: line\nsomething that matters\n")
+    assert capfd.readouterr().err == "something that matters\n"
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    with backend.without_log_lines("noise:"):
+        os.write(2, b"a noise: line\n")
+    assert capfd.readouterr().err == "a noise: line\n"
+
+
+def test_the_remapper_is_switched():
+    backend.set_remapper(False)
+    assert not backend.remapper_enabled()
+    backend.set_remapper(True)
+    assert backend.remapper_enabled()
+
+
+MISSING = {
+    "no tensorflow": (
+        "import sys; sys.modules['tensorflow'] = None",
+        {},
+        ["keras-mp[cpu]", "keras-mp[gpu]", "keras-mp[tpu]", "no `tensorflow` is installed here"],
+    ),
+    "an old tensorflow": (
+        "import sys, types; sys.modules['tensorflow'] = types.SimpleNamespace(__version__='2.16.1')",
+        {},
+        ["2.16.1 is installed here", "pip install --upgrade"],
+    ),
+    "another backend": ("", {"KERAS_BACKEND": "numpy"}, ["Keras runs on 'numpy' here", 'KERAS_BACKEND="tensorflow"']),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_missing_is_named_with_what_to_type(case):
+    prelude, environment, expected = MISSING[case]
+    code = (
+        f"{prelude}\ntry:\n    import keras_mp\nexcept ImportError as error:\n    print(type(error).__name__, error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+    )
+    assert run.stdout.startswith("MissingTensorFlowError ")
+    for text in expected:
+        assert text in run.stdout
