@@ -44,12 +44,18 @@ def maximum_over_replicas(value: tf.Tensor) -> tf.Tensor:
     return tf.reduce_max(gathered, axis=0)
 
 
-def once_for_all_replicas(make_variables: Callable[[], None]) -> None:
+def once_for_all_replicas(make_variables: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Creates variables from inside a training step: outside its graph, and with a copy on each device.
 
     Args:
         make_variables: creates them. Every replica must get here.
+        variables: those that they are made after, as slots are after weights.
+
+    Raises:
+        ArgumentError: one of the latter was made outside the strategy's scope.
     """
+    if tf.distribute.has_strategy():
+        _require_made_under(tf.distribute.get_strategy(), variables)
 
     def make(strategy: tf.distribute.Strategy | None = None) -> None:
         with tf.init_scope():
@@ -114,6 +120,8 @@ def _local(strategy: tf.distribute.Strategy, value: Any, index: int) -> Any:
 
 
 def _require_made_under(strategy: tf.distribute.Strategy, variables: Sequence[keras.Variable]) -> None:
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return  # it has several kinds of variables, and says so itself
     devices = len(strategy.extended.worker_devices)
     if devices == 1:
         return

@@ -28,6 +28,10 @@ __all__ = [
 class KerasMPError(Exception):
     """Base class of all the errors that keras_mp raises on purpose."""
 
+    # Raised while TensorFlow traces a user's function, an error of a class that TensorFlow does not know would reach
+    # the user as its `StagingError`. With this attribute it lets them through as they are.
+    ag_pass_through = True
+
 
 class MissingTensorFlowError(KerasMPError, ImportError):
     """TensorFlow is not installed, is too old, or Keras runs on another backend."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_mp.errors import ArgumentError
 
-__all__ = ["LossScaleState", "LossScaling", "finite_and_norm"]
+__all__ = ["LossScaleState", "LossScaling", "all_finite", "global_norm", "sum_of_squares"]
 
 
 class LossScaleState(NamedTuple):
@@ -68,7 +68,7 @@ class LossScaling:
             value = getattr(self, name)
             if not (_is_number(value) and value > 0 and _fits_float32(value)):
                 raise ArgumentError(
-                    f"`{name}` must be a positive number that is finite in float32, for example {name}="
+                    f"`{name}` must be a positive number between 2**-126 and 2**126, for example {name}="
                     f"{getattr(LossScaling, name)}. Received: {name}={value!r}"
                 )
         if not self.min_scale <= self.initial_scale <= self.max_scale:
@@ -184,46 +184,74 @@ class LossScaling:
         )
 
 
-def finite_and_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether every value of every gradient is finite, and the Euclidean norm of them all as one vector.
-
-    The sum of squares answers both for nearly every step, in one pass that writes nothing: it is finite only if every
-    value is. Where it is not, it may have overflowed over large finite values, so the values themselves are looked at.
+def sum_of_squares(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> tf.Tensor:
+    """The sum of the squares of all values: what `all_finite` and `global_norm` both start from.
 
     Args:
         gradients: dense tensors or `tf.IndexedSlices` of any float dtype and shape; `None` is passed over. The rows of
             `tf.IndexedSlices` count as they stand, as in `tf.linalg.global_norm`.
 
     Returns:
-        A bool scalar, True for no gradients at all, and a float32 scalar (float64 where a gradient is), which is finite
-        wherever the true norm is.
-
-    Example:
-
-    >>> from keras_mp.loss_scale import finite_and_norm
-    >>> finite, norm = finite_and_norm([tf.constant([3e30, 4e30]), None])
-    >>> bool(finite), f"{norm:.0e}"
-    (True, '5e+30')
-    >>> bool(finite_and_norm([tf.constant([1.0, float("inf")])])[0])
-    False
+        A float32 scalar tensor (float64 where a gradient is). It overflows where values are large.
     """
     values = _values(gradients)
+    dtype = tf.float64 if any(value.dtype == tf.float64 for value in values) else tf.float32
     if not values:
-        return tf.constant(True), tf.constant(0.0)
-    squares = _sum_of_squares(values)
+        return tf.zeros([], dtype)
+    return 2 * tf.add_n([tf.cast(tf.nn.l2_loss(value), dtype) for value in values])
+
+
+def all_finite(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"], squares: tf.Tensor) -> tf.Tensor:
+    """Whether every value of every gradient is finite.
+
+    The sum of squares answers for nearly every step, in one pass that writes nothing: it is finite only if every value
+    is. Where it is not, it may have overflowed over large finite values, so the values themselves are looked at.
+
+    Args:
+        gradients: as for `sum_of_squares`.
+        squares: their `sum_of_squares`.
+
+    Returns:
+        A bool scalar tensor.
+
+    Example:
+    >>> from keras_mp.loss_scale import all_finite, sum_of_squares
+    >>> for gradients in [tf.constant([1.0, 3e38]), None], [tf.constant([1.0, float("inf")])]:
+    ...     print(bool(all_finite(gradients, sum_of_squares(gradients))))
+    True
+    False
+    """
+    return tf.cond(
+        tf.math.is_finite(squares),
+        lambda: tf.constant(True),
+        lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in _values(gradients)]),
+    )
+
+
+def global_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"], squares: tf.Tensor) -> tf.Tensor:
+    """The Euclidean norm of all gradients as one vector, finite wherever the true norm is.
+
+    Args:
+        gradients: as for `sum_of_squares`, all finite.
+        squares: their `sum_of_squares`.
+
+    Returns:
+        A scalar tensor of the dtype of `squares`.
+
+    Example:
+    >>> from keras_mp.loss_scale import global_norm, sum_of_squares
+    >>> gradients = [tf.constant([3e30, 4e30])]
+    >>> f"{global_norm(gradients, sum_of_squares(gradients)):.0e}"
+    '5e+30'
+    """
 
     def rescaled() -> tf.Tensor:
         # By the largest value, so that no square overflows.
-        largest = tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(v)), squares.dtype) for v in values]))
-        return largest * tf.sqrt(_sum_of_squares([tf.cast(value, squares.dtype) / largest for value in values]))
+        values = [tf.cast(value, squares.dtype) for value in _values(gradients)]
+        largest = tf.reduce_max([tf.reduce_max(tf.abs(value)) for value in values])
+        return largest * tf.sqrt(sum_of_squares([value / largest for value in values]))
 
-    exact = tf.math.is_finite(squares)
-    finite = tf.cond(
-        exact,
-        lambda: tf.constant(True),
-        lambda: tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])),
-    )
-    return finite, tf.cond(exact, lambda: tf.sqrt(squares), rescaled)
+    return tf.cond(tf.math.is_finite(squares), lambda: tf.sqrt(squares), rescaled)
 
 
 def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
@@ -234,14 +262,10 @@ def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[
     return [tf.cast(g, tf.float32) if g.dtype.size < 4 else g for g in dense]
 
 
-def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    dtype = tf.float64 if any(value.dtype == tf.float64 for value in values) else tf.float32
-    return 2 * tf.add_n([tf.cast(tf.nn.l2_loss(value), dtype) for value in values])
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fits_float32(value: float) -> bool:
-    return 2.0**-149 <= abs(value) <= (2 - 2.0**-23) * 2.0**127
+    """Whether neither the value nor its reciprocal is infinite, zero or subnormal in float32."""
+    return 2.0**-126 <= abs(value) <= 2.0**126

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
-from keras_mp.loss_scale import LossScaleState, LossScaling, finite_and_norm
+from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, sum_of_squares
 from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
 
 __all__ = ["LossScaleOptimizer"]
@@ -303,7 +303,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         variables = list(variables)
         if not self.built:
-            self.build(variables)
+            distribution.once_for_all_replicas(lambda: self.build(variables), variables)
         with tf.GradientTape() as tape:
             unscaled = tf.convert_to_tensor(loss())
             scaled = self.scale_loss(unscaled)
@@ -396,7 +396,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "where there is none: optimizer.apply(tape.gradient(loss, variables), variables)"
             )
         if not self.built:
-            distribution.once_for_all_replicas(lambda: self.build(variables))
+            distribution.once_for_all_replicas(lambda: self.build(variables), variables)
         return variables
 
     def _over_replicas(
@@ -432,11 +432,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """The whole step on one device, with the gradients of the global batch."""
         state = self._state()
         scale = state.scale if scale is None else scale
-        finite, norm = finite_and_norm(grads)
-        # What replaces its variable is checked like the rest, and is no part of the norm.
-        if any(map(replaces_variable, variables)):
-            _, norm = finite_and_norm([g for g, v in zip(grads, variables, strict=True) if not replaces_variable(v)])
-        tf.cond(finite, lambda: self._update(grads, variables, scale, norm), lambda: None)
+        squares = sum_of_squares(grads)
+        finite = all_finite(grads, squares)
+        tf.cond(finite, lambda: self._update(grads, variables, scale, squares), lambda: None)
         state = self._scaling.update(state, finite, loss_finite)
         self._assign_state(state)
         self._raise_if_stuck(state)

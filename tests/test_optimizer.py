@@ -320,7 +320,7 @@ ARGUMENT_ERRORS = [
     ({"growth_factor": 0.9}, "`growth_factor` must be"),
     ({"backoff_factor": 1.5}, "`backoff_factor` must be"),
     ({"initial_scale": -1.0}, "`initial_scale` must be a positive number"),
-    ({"initial_scale": INF}, "`initial_scale` must be a positive number that is finite"),
+    ({"initial_scale": INF}, "`initial_scale` must be a positive number between"),
     ({"max_consecutive_skips": 0}, "`max_consecutive_skips` must be an integer of at least 1. Received: .*=0"),
     ({"max_consecutive_skips": None}, "Received: max_consecutive_skips=None"),
     ({"dynamic_growth_steps": 0}, "`dynamic_growth_steps` must be an integer"),
