@@ -49,10 +49,13 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+bench: $(INSTALLED) ## time everything in benchmarks/ against stock Keras; wants a machine that does nothing else
+	@$(BIN)/python -m benchmarks.optimizer
+
 build: $(INSTALLED) ## wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove what the other commands made
 	rm -rf .venv .venv-tf2* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
 
-.PHONY: help install demo test test-all test-matrix lint format build clean
+.PHONY: help install demo test test-all test-matrix lint format bench build clean

@@ -1,7 +1,7 @@
 """Takes the times of several cases in turns in one process, writes them as JSON, and makes tables from that.
 
 A ratio of two cases is taken round by round, from runs that follow one another, so that whatever slows the machine for
-a while slows both; its median and quartiles over the rounds are what a table shows. `run` is the whole command of a
+a while slows both; its median and quartiles over the rounds are what a table shows. `command` makes the command of a
 theme; `python -m benchmarks.harness table benchmarks/results/optimizer.json` prints the table of a result.
 """
 
@@ -26,11 +26,11 @@ __all__ = [
     "Comparison",
     "Group",
     "Spread",
+    "command",
     "describe_machine",
     "measure",
     "orders",
     "paired_ratios",
-    "run",
     "spread",
     "table",
     "wait_until_idle",
@@ -214,14 +214,16 @@ def wait_until_idle(limit: float = IDLE_LOAD, patience: float = PATIENCE_SECONDS
     return load
 
 
-def run(theme: str, groups: Sequence[Group]) -> None:
+def command(theme: str, groups: Sequence[Group]) -> typer.Typer:
     """The command line of a theme: takes the times, writes `results/<theme>.json` and `.md`, prints the table.
 
     Args:
         theme: the name of its files.
         groups: what to time.
     """
+    theme_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+    @theme_app.command(help=f"Time the theme {theme!r}; write its JSON and its table.")
     def main(
         output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
         loaded: Annotated[bool, typer.Option("--loaded", help="Run on a busy machine; the results say so.")] = False,
@@ -246,7 +248,7 @@ def run(theme: str, groups: Sequence[Group]) -> None:
         (output / f"{theme}.md").write_text(table(results))
         print(table(results))
 
-    typer.run(main)
+    return theme_app
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -279,8 +281,8 @@ def table(results: Mapping[str, Any]) -> str:
             each = spread(paired_ratios(times[comparison["case"]], times[against]))
             at_most = comparison["at_most"]
             target = "" if at_most is None else f"{at_most:g}, {'met' if each.median <= at_most else 'missed'}"
-            cells = (comparison["case"], against, f"{each.median:.2f}", f"{each.lower:.2f} to {each.upper:.2f}", target)
-            lines.append(f"| {' | '.join(cells)} |")
+            quartiles = f"{each.lower:.2f} to {each.upper:.2f}"
+            lines.append(f"| {comparison['case']} | {against} | {each.median:.2f} | {quartiles} | {target} |")
     return "\n".join(lines) + "\n"
 
 
@@ -297,7 +299,8 @@ def _run_group(group: Group, rounds: int) -> dict[str, Any]:
 
 def _machine_lines(machine: Mapping[str, Any]) -> list[str]:
     devices = "; ".join(
-        f"{device['name']} ({', '.join([device['kind'].upper(), *device['features']])})" for device in machine["devices"]
+        f"{device['name']} ({', '.join([device['kind'].upper(), *device['features']])})"
+        for device in machine["devices"]
     )
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [f"{devices}, {machine['cores']} cores, {machine['system']}. {versions}. {machine['date']}."]

@@ -133,6 +133,14 @@ def verify_export(path: "str | os.PathLike[str]", model: keras.Model, batch: Any
     Raises:
         ExportError: nothing to run there, or an output that is missing, not float32 where the model's is a float, or
             further from the model's than rounding explains.
+
+    Example:
+
+    >>> import keras, keras_mp, tempfile
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="score")])
+    >>> path = keras_mp.export(model, tempfile.mkdtemp() + "/scores")
+    >>> keras_mp.verify_export(path, model, tf.ones((2, 4))).outputs["score"].shape
+    (2, 1)
     """
     path = pathlib.Path(path)
     if not (path / "saved_model.pb").is_file():

@@ -13,8 +13,10 @@ from keras_mp.loss_scale import global_norm, sum_of_squares
 
 __all__ = ["WeightUpdate", "replaces_variable", "tensorflow_variable", "unscale"]
 
-# Below so many weights the update takes less time than the compiler does.
-_WORTH_COMPILING = 50_000
+# Fewer weights gain less than the compiler takes, and small variables gain nothing: handing each to the compiled
+# function takes as long as a few ops on it.
+_WORTH_COMPILING = 1_000_000
+_WORTH_COMPILING_EACH = 4_096
 
 
 class WeightUpdate:
@@ -133,8 +135,11 @@ class WeightUpdate:
                 name = type(foreign[0]).__name__
                 return f"{name} is not Keras's, and XLA may not be able to compile it; jit_compile=True tries"
             weights = sum(math.prod(v.shape) for v in variables)
-            if weights < _WORTH_COMPILING:
-                return f"{weights} weights are too few to gain by it; jit_compile=True compiles them all the same"
+            if weights < max(_WORTH_COMPILING, _WORTH_COMPILING_EACH * len(variables)):
+                return (
+                    f"{weights} weights in {len(variables)} variables are too few to gain by it; jit_compile=True "
+                    "compiles them all the same"
+                )
         return ""
 
 

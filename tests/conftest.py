@@ -1,5 +1,6 @@
 """Fixtures that every test gets without asking, so that no test can change what the next one sees."""
 
+import functools
 import os
 
 # The suite runs one process a core; TensorFlow would start as many threads in each.
@@ -10,6 +11,28 @@ from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner
 
 import keras
 import pytest
+import tensorflow as tf
+
+# Replicas without GPUs: several logical devices on the one CPU. They can only be had before the runtime starts.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+
+@functools.cache
+def _mirrored(replicas):
+    # TensorFlow numbers the collective operations of each strategy from the same start, so those of two strategies in
+    # one process are taken for one another and wait for ever or are cancelled. Its own tests give each a base of its
+    # own by this attribute; and one strategy over the same devices serves all tests.
+    members = {"_collective_key_base": 100_000 * replicas}
+    strategy = type("MirroredStrategy", (tf.distribute.MirroredStrategy,), members)
+    return strategy([f"CPU:{index}" for index in range(replicas)])
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """A function from a number of replicas to the session's `MirroredStrategy` over so many logical CPU devices."""
+    return _mirrored
 
 
 @pytest.fixture(autouse=True)

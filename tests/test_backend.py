@@ -1,6 +1,7 @@
 """What rests on private names of TensorFlow and Keras: each test fails with the name when one of them moves."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -62,6 +63,25 @@ def test_other_unknown_errors_are_what_they_were():
     with pytest.raises(tf.errors.UnknownError, match="something else") as raised:
         tf.function(lambda: tf.py_function(fails, [], tf.float32))()
     assert type(raised.value) is tf.errors.UnknownError
+
+
+def test_raise_from_graph_raises_under_replicas_and_the_next_step_runs(mirrored):
+    class ThisError(ValueError):
+        pass
+
+    strategy, program = mirrored(2), raising(ThisError)
+    step = tf.function(lambda x: strategy.run(program, (x,)))
+    for x in (1, 2):
+        with pytest.raises(ThisError, match=f"^x is {x}$"):
+            step(tf.constant(x))
+    results = strategy.experimental_local_results(step(tf.constant(0)))
+    assert {int(value) for value in results} == {0}
+
+
+def test_an_unknown_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(tf.errors.UnknownError(None, None, "something")))
+    assert type(error) is tf.errors.UnknownError
+    assert error.message == "something"
 
 
 def test_one_device_steps_out_of_the_strategy_and_back(mirrored):
@@ -146,6 +166,7 @@ MISSING = {
         {},
         ["2.16.1 is installed here", "pip install --upgrade"],
     ),
+    "a backend that is not installed": ("", {"KERAS_BACKEND": "jax"}, ["Keras runs on 'jax' here"]),
     "another backend": ("", {"KERAS_BACKEND": "numpy"}, ["Keras runs on 'numpy' here", 'KERAS_BACKEND="tensorflow"']),
 }
 

@@ -1,0 +1,165 @@
+"""Trains a Wasserstein GAN with gradient penalty on handwritten digits: second-order gradients in 16 bits.
+
+python -m examples.gradient_penalty                           # in the policy that suits the hardware
+python -m examples.gradient_penalty --policy mixed_float16    # where scaling both gradients matters
+
+The penalty of Gulrajani et al., "Improved Training of Wasserstein GANs" (https://arxiv.org/abs/1704.00028), is made of
+a gradient: that of the critic's scores with respect to its input. So there are two backward passes, both in 16 bits:
+
+1. The inner one, for the norm in the penalty. No optimizer sees it, so nobody scales and unscales it but we.
+2. The outer one, through the penalty and so through the inner one, for the weights. The optimizer unscales this one.
+
+Both need the scale, and the first time it must be gone again before the penalty is computed: the penalty is no linear
+function of the inner gradient, so a factor left in there could never be divided out. In order, as in PyTorch's guide
+(https://docs.pytorch.org/docs/stable/notes/amp_examples.html, "Gradient penalty"):
+
+    inner = gradient of (scale * scores)        16-bit products, kept clear of underflow by the scale
+    inner = float32(inner) / scale              back to size, in float32
+    penalty = mean((norm(inner) - 1)**2)        in float32: squares overflow float16 above 255
+    loss = ... + weight * penalty               the true loss
+    gradients of optimizer.scale_loss(loss)     as in every training step; the optimizer unscales them
+
+Should the scale be too large for the inner gradient, the penalty is not finite, and neither are the gradients of the
+loss: the step is skipped and the scale backs off, as it does for the outer gradient.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only errors: the screen is for the table
+
+import pathlib
+from typing import Annotated, Any
+
+import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
+
+import keras  # isort: skip
+import rich
+import tensorflow as tf
+import typer
+
+from examples.gan import GAN, LATENT_SIZE, OUTPUT, build_discriminator, build_generator, draw, load_images, train
+
+
+def input_gradient(model: keras.Model, inputs: Any, scale: Any) -> Any:
+    """The gradient of the model's scores with respect to its inputs, one for each example, in float32.
+
+    Args:
+        model: gives one score for each example; no layer may mix the examples of a batch, as batch normalization does.
+        inputs: float tensor of shape (batch, ...).
+        scale: float32 scalar, for example `optimizer.loss_scale`. It makes no difference but to what underflows.
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        # The sum: the score of one example does not depend on the others, so its gradient is that example's own.
+        scaled = scale * tf.reduce_sum(tf.cast(model(inputs, training=True), tf.float32))
+    return tf.cast(tape.gradient(scaled, inputs), tf.float32) / scale
+
+
+def gradient_penalty(critic: keras.Model, images: Any, scale: Any) -> Any:
+    """How far the norms of the critic's input gradients are from 1, as a float32 scalar."""
+    gradient = input_gradient(critic, images, scale)
+    squares = tf.reduce_sum(gradient**2, axis=list(range(1, len(gradient.shape))))
+    # The slope of a square root is infinite at 0, and a NaN in the outer gradient; hence the small number.
+    return tf.reduce_mean((tf.sqrt(squares + 1e-12) - 1.0) ** 2)
+
+
+class WassersteinGAN(GAN):
+    """A GAN whose discriminator, here called critic, gives scores with a slope of about 1 between real and generated.
+
+    Args:
+        generator: from noise of shape (batch, LATENT_SIZE) to images.
+        critic: from images to one score each, large for real ones.
+        critic_steps: updates of the critic for each of the generator. A batch is split into as many parts.
+        penalty_weight: lambda in the paper.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        generator: keras.Model,
+        critic: keras.Model,
+        critic_steps: int = 5,
+        penalty_weight: float = 10.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(generator, critic, seed)
+        self.critic_steps = critic_steps
+        self.penalty_weight = penalty_weight
+        self.penalty = keras.metrics.Mean(name="penalty")
+
+    def train_step(self, images: Any) -> dict[str, Any]:
+        """One update of the critic on each part of the batch, then one of the generator."""
+        for real in tf.split(images, self.critic_steps):
+            self.train_critic(real)
+        self.train_generator(tf.shape(images)[0] // self.critic_steps)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+    def train_critic(self, real: Any) -> None:
+        """One update of the critic."""
+        critic, optimizer = self.discriminator, self.discriminator_optimizer
+        count = tf.shape(real)[0]
+        generated = self.generator(self.make_noise(count), training=True)
+        mixture = keras.random.uniform((count, 1, 1, 1), seed=self.noise)
+        between = mixture * real + (1.0 - mixture) * generated
+        with tf.GradientTape() as tape:
+            penalty = gradient_penalty(critic, between, optimizer.loss_scale)
+            scores = tf.reduce_mean(critic(generated, training=True)) - tf.reduce_mean(critic(real, training=True))
+            loss = scores + self.penalty_weight * penalty
+            scaled_loss = optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, critic.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, critic.trainable_variables, strict=True))
+        self.discriminator_loss.update_state(loss)
+        self.penalty.update_state(penalty)
+
+    def train_generator(self, count: Any) -> None:
+        """One update of the generator: no penalty, nothing of the second order."""
+        generator, optimizer = self.generator, self.generator_optimizer
+        with tf.GradientTape() as tape:
+            loss = -tf.reduce_mean(self.discriminator(generator(self.make_noise(count), training=True), training=True))
+            scaled_loss = optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, generator.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, generator.trainable_variables, strict=True))
+        self.generator_loss.update_state(loss)
+
+    def make_noise(self, count: Any) -> Any:
+        """Fresh noise for so many images."""
+        return keras.random.normal((count, LATENT_SIZE), seed=self.noise)
+
+
+def build(
+    policy: str, image_shape: tuple[int, int, int], critic_steps: int = 5, seed: int = 0, jit_compile: bool = False
+) -> WassersteinGAN:
+    """A compiled WassersteinGAN whose networks compute in the given policy."""
+    keras.utils.set_random_seed(seed)
+    with keras_mp.policy_scope(policy):
+        # Dropout would draw one mask for the penalty and another for the scores.
+        generator, critic = build_generator(image_shape), build_discriminator(image_shape, dropout=0.0)
+    gan = WassersteinGAN(generator, critic, critic_steps, seed=seed)
+    gan.compile(
+        generator_optimizer=keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3, 0.0, 0.9)),
+        discriminator_optimizer=keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3, 0.0, 0.9)),
+        jit_compile=jit_compile,
+    )
+    return gan
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="An image-classification set of tensorflow-datasets.")] = "digits",
+    policy: Annotated[str, typer.Option(help="auto, mixed_float16, mixed_bfloat16 or float32.")] = "auto",
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in an update of the critic.")] = 64,
+    critic_steps: Annotated[int, typer.Option(min=1, help="Updates of the critic for each of the generator.")] = 5,
+    jit_compile: Annotated[bool, typer.Option(help="Let XLA compile the whole step.")] = False,
+    seed: int = 0,
+    picture: Annotated[pathlib.Path, typer.Option(help="Where the images go.")] = OUTPUT / "gradient_penalty.png",
+) -> None:
+    """Train a Wasserstein GAN, print its losses, penalty and loss scales, and draw what it generates."""
+    images, image_shape = load_images(dataset, batch_size * critic_steps, seed)
+    gan = build(policy, image_shape, critic_steps, seed, jit_compile)
+    rich.print(train(gan, images, epochs))
+    draw(gan(keras.random.normal((64, LATENT_SIZE), seed=seed)), picture)
+    rich.print(f"Generated images: [bold]{os.path.relpath(picture)}[/bold]")
+
+
+if __name__ == "__main__":
+    typer.run(main)
