@@ -16,7 +16,7 @@ __all__ = ["WeightUpdate", "replaces_variable", "tensorflow_variable", "unscale"
 # Fewer weights gain less than the compiler takes, and small variables gain nothing: handing each to the compiled
 # function takes as long as a few ops on it.
 _WORTH_COMPILING = 1_000_000
-_WORTH_COMPILING_EACH = 4_096
+_WORTH_COMPILING_EACH = 2_000
 
 
 class WeightUpdate:
