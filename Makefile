@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),dev,examples]"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),dev,examples]"
 	@touch $@
 
 install: $(INSTALLED) ## make .venv and install the package with its development tools
