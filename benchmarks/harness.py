@@ -243,9 +243,10 @@ def command(theme: str, groups: Sequence[Group]) -> typer.Typer:
             if only in group.name:
                 print(f"{group.name} ...", file=sys.stderr, flush=True)
                 results["groups"].append(_run_group(group, rounds or group.rounds))
-        output.mkdir(parents=True, exist_ok=True)
-        (output / f"{theme}.json").write_text(json.dumps(results, indent=1) + "\n")
-        (output / f"{theme}.md").write_text(table(results))
+                # Now, so that an interruption loses one group and not all.
+                output.mkdir(parents=True, exist_ok=True)
+                (output / f"{theme}.json").write_text(json.dumps(results, indent=1) + "\n")
+                (output / f"{theme}.md").write_text(table(results))
         print(table(results))
 
     return theme_app

@@ -73,6 +73,11 @@ class GAN(keras.Model):
         self.generator_loss = keras.metrics.Mean(name="generator_loss")
         self.discriminator_loss = keras.metrics.Mean(name="discriminator_loss")
 
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """What `fit` reports, and resets at the start of each epoch."""
+        return [self.generator_loss, self.discriminator_loss]
+
     def compile(
         self,
         generator_optimizer: keras_mp.LossScaleOptimizer,

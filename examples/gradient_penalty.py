@@ -87,6 +87,11 @@ class WassersteinGAN(GAN):
         self.penalty_weight = penalty_weight
         self.penalty = keras.metrics.Mean(name="penalty")
 
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """What `fit` reports."""
+        return [*super().metrics, self.penalty]
+
     def train_step(self, images: Any) -> dict[str, Any]:
         """One update of the critic on each part of the batch, then one of the generator."""
         for real in tf.split(images, self.critic_steps):

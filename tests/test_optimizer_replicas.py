@@ -66,12 +66,14 @@ def spread(strategy, values):
 
 
 def copies(variable):
-    return [copy.numpy() for copy in tf.distribute.get_strategy().experimental_local_results(variable.value)]
+    value = variable.value
+    return [copy.numpy() for copy in getattr(value, "values", [value])]
 
 
-def assert_copies_agree(variables):
+def assert_copies_agree(variables, replicas):
     for variable in variables:
         first, *others = copies(variable)
+        assert len(others) == replicas - 1, variable.path
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=variable.path)
 
@@ -137,7 +139,7 @@ def train(loop):
         if not np.isfinite(x).all():
             assert_same(before, weights_and_slots(loop.optimizer, loop.variables))
     everything = [*loop.variables, *loop.optimizer.variables]
-    assert_copies_agree(everything)
+    assert_copies_agree(everything, loop.strategy.num_replicas_in_sync)
     assert int(loop.optimizer.skipped_steps) == 3
     return [variable.numpy() for variable in everything]
 
@@ -239,7 +241,7 @@ def story_of_agreement(applied, bad, culprits):
             assert_same(before, after)
         else:
             assert any((one != other).any() for one, other in zip(before, after, strict=True))
-        assert_copies_agree([*applied.variables, *applied.optimizer.variables])
+        assert_copies_agree([*applied.variables, *applied.optimizer.variables], replicas)
         seen.append(counters(applied.optimizer) if hasattr(applied.optimizer, "skipped_steps") else None)
     return seen
 
@@ -358,7 +360,7 @@ def test_variables_of_every_kind_on_replicas_equal_those_on_one_device(inner, ji
         strict=True,
     ):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
-    assert_copies_agree(two.variables)
+    assert_copies_agree(two.variables, 2)
     np.testing.assert_array_equal(two.variables[0][0], [1.0, 1.0])  # a row without a gradient, under SGD and Adam
     np.testing.assert_array_equal(two.variables[2], [1.0, 1.0])
     np.testing.assert_array_equal(frozen, [7.0])
@@ -424,7 +426,7 @@ def test_fit_of_a_stock_model_on_replicas_equals_fit_on_one_device(make_inner, j
     assert counters(two.optimizer) == counters(one.optimizer) == (2.0**15, 3, 0, False)
     for mine, theirs in zip(two.variables, one.variables, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-6)
-    assert_copies_agree([*two.variables, *two.optimizer.variables])
+    assert_copies_agree([*two.variables, *two.optimizer.variables], 2)
 
 
 STRATEGIES = {
@@ -469,7 +471,7 @@ def test_a_loop_under_any_strategy_and_its_state_from_outside(name, build, mirro
     assert counters(optimizer) == (2.0**15, 1, 0, False)
     assert int(optimizer.iterations) == 2  # of two micro-batches each
     np.testing.assert_allclose(weights, [0.8, 1.8], atol=1e-3)  # Adam's first steps are as long as its learning rate
-    assert_copies_agree([weights, *optimizer.variables])
+    assert_copies_agree([weights, *optimizer.variables], strategy.num_replicas_in_sync)
 
 
 def test_what_was_made_outside_the_scope_is_refused_in_words(mirrored):
