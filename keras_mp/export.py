@@ -48,11 +48,12 @@ def export(model: keras.Model, path: "str | os.PathLike[str]") -> pathlib.Path:
     Example:
 
     >>> import keras, keras_mp, tempfile
-    >>> model = keras.Sequential([keras.Input((4,), name="features"), keras.layers.Dense(1, dtype="mixed_bfloat16")])
+    >>> layers = [keras.Input((4,), name="features"), keras.layers.Dense(1, name="score", dtype="mixed_bfloat16")]
+    >>> model = keras.Sequential(layers)
     >>> written = keras_mp.export(model, tempfile.mkdtemp() + "/tiny")
     >>> written.name
     '1'
-    >>> keras_mp.verify_export(written, model, tf.ones((2, 4))).outputs["dense"].dtype
+    >>> keras_mp.verify_export(written, model, tf.ones((2, 4))).outputs["score"].dtype
     'float32'
     """
     inputs = _named_inputs(model)

@@ -71,6 +71,11 @@ class LossScaling:
                     f"`{name}` must be a positive number between 2**-126 and 2**126, for example {name}="
                     f"{getattr(LossScaling, name)}. Received: {name}={value!r}"
                 )
+        if self.min_scale > self.max_scale:
+            raise ArgumentError(
+                "`min_scale` must not be larger than `max_scale`. Received: "
+                f"min_scale={self.min_scale!r}, max_scale={self.max_scale!r}"
+            )
         if not self.min_scale <= self.initial_scale <= self.max_scale:
             raise ArgumentError(
                 "`initial_scale` must lie between `min_scale` and `max_scale`. Received: "
@@ -180,7 +185,8 @@ class LossScaling:
             )
         return (
             f"{consecutive_skips} training steps in a row were skipped because their gradients were not finite. The "
-            f"weights have not changed since. The loss scale is {scale:g} now; its floor is {self.min_scale:g}. {cause}"
+            f"optimizer has not changed a weight since. The loss scale is {scale:g} now; its floor is "
+            f"{self.min_scale:g}. {cause}"
         )
 
 

@@ -596,3 +596,19 @@ def test_exported_without_keras(tmp_path):
     model.export(tmp_path, verbose=False)
     loaded = tf.saved_model.load(tmp_path)
     np.testing.assert_allclose(loaded.serve(x), model(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "xla"])
+def test_batch_normalization_passes_over_a_batch_that_is_not_finite(compiled):
+    """The optimizer skips the step of a bad batch; its statistics must not outlive it either."""
+    layer = layers.BatchNormalization(dtype="mixed_float16")
+    call = tf.function(lambda x: layer(x, training=True), jit_compile=compiled)
+    good = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    call(good)
+    before = [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
+    call(tf.constant([[float("nan"), 2.0], [3.0, 4.0]]))
+    mean, variance = layer.moving_mean.numpy(), layer.moving_variance.numpy()
+    assert (mean[0], variance[0]) == (before[0][0], before[1][0])
+    # The other channel moves on as if nothing had happened.
+    np.testing.assert_allclose(mean[1], before[0][1] * 0.99 + 3.0 * 0.01, rtol=1e-6)
+    np.testing.assert_allclose(variance[1], before[1][1] * 0.99 + 1.0 * 0.01, rtol=1e-6)

@@ -133,6 +133,7 @@ def test_the_state_is_of_scalars_with_the_dtypes_said():
         ({"min_scale": -1.0}, "`min_scale` must be"),
         ({"initial_scale": 2.0**25}, "must lie between `min_scale` and `max_scale`.*Move the bound"),
         ({"min_scale": 2.0**16}, "must lie between"),
+        ({"min_scale": 8.0, "max_scale": 2.0}, "`min_scale` must not be larger than `max_scale`.*8.0.*2.0"),
         ({"growth_factor": 0.5}, "`growth_factor` must be .* at least 1.*growth_factor=0.5"),
         ({"growth_factor": math.inf}, "growth_factor=inf"),
         ({"backoff_factor": 1.0}, "`backoff_factor` must be .* between 0 and 1.*dynamic=False"),

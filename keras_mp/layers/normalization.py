@@ -117,8 +117,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     A drop-in for `keras.layers.BatchNormalization`, with the same arguments, weights and moving statistics. With the
     channels last, `epsilon` at least 1.001e-5, and no XLA, it is TensorFlow's fused kernel; with a mask, `renorm` or
-    `synchronized`, in training, it is Keras's computation in float32; elsewhere the same formula written out. An empty
-    batch, as the last one of an epoch can be on a replica, leaves the moving statistics alone.
+    `synchronized`, in training, it is Keras's computation in float32; elsewhere the same formula written out. But for
+    those three, an empty batch, as the last one of an epoch can be on a replica, leaves the moving statistics alone,
+    and so does a batch whose statistics are not finite, as that of a step which the optimizer skips.
 
     Args:
         axis: int, the axis of the channels, which are not normalized over. Defaults to -1.
@@ -186,8 +187,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return super().call(x, training=False)
         outputs, mean, variance = self._fused(x, by_batch) if fused else self._written_out(x)
         if by_batch:
-            self._move(self.moving_mean, mean, x)
-            self._move(self.moving_variance, variance, x)
+            self._move(mean, variance, x)
         return tf.cast(outputs, self.compute_dtype)
 
     def _fused(self, x: Any, by_batch: bool) -> tuple[Any, Any, Any]:
@@ -227,8 +227,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
             outputs += tf.reshape(keras.ops.cast(self.beta, x.dtype), shape)
         return outputs, mean, variance
 
-    def _move(self, moving: Any, statistic: Any, x: Any) -> None:
-        """Moves a moving statistic towards the batch's. An empty batch has none: its NaN would stay for ever."""
-        old = keras.ops.cast(moving, statistic.dtype)
-        new = old * self.momentum + statistic * (1.0 - self.momentum)
-        moving.assign(tf.where(tf.size(x) > 0, new, old))
+    def _move(self, mean: Any, variance: Any, x: Any) -> None:
+        """Moves the moving statistics towards the batch's, in the channels where those are finite.
+
+        An empty batch has none, and one with NaN or an overflow is one that the optimizer skips: once in the moving
+        statistics, NaN would stay for ever.
+        """
+        finite = tf.math.is_finite(mean) & tf.math.is_finite(variance) & (tf.size(x) > 0)
+        for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            old = keras.ops.cast(moving, statistic.dtype)
+            new = old * self.momentum + statistic * (1.0 - self.momentum)
+            moving.assign(tf.where(finite, new, old))
