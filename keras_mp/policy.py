@@ -212,7 +212,7 @@ def _slow_product(times: hardware.ProductTimes) -> str:
     return (
         f"{times.dtype} gains nothing on this CPU: a product of two {times.size} x {times.size} matrices takes "
         f"{times.dtype_ms:.2f} ms in {times.dtype} and {times.float32_ms:.2f} ms in float32 ({times.ratio:.1f}x), and "
-        "casts come on top. Training works, no faster"
+        "casts come on top. Training works, and is slower for it"
     )
 
 

@@ -172,7 +172,7 @@ def times(dtype, float32_ms=3.0, dtype_ms=4.0):
 
 SLOW = (
     "float16 gains nothing on this CPU: a product of two 768 x 768 matrices takes 4.00 ms in float16 and 3.00 ms in "
-    "float32 (0.8x), and casts come on top. Training works, no faster."
+    "float32 (0.8x), and casts come on top. Training works, and is slower for it."
 )
 VOLTA = (
     "bfloat16 gains nothing on this hardware. GPU 7.0 has compute capability 7.0, with tensor cores for float16; those "
