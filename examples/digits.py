@@ -215,7 +215,7 @@ def export_best(runs: list[Run], folder: pathlib.Path) -> None:
     same = int(np.sum(answers.argmax(-1) == serving.predict(images, verbose=0).argmax(-1)))
     rich.print(
         f"Exported {best.policy} to [bold]{os.path.relpath(path)}[/bold]. Loaded in a fresh process without keras and "
-        f"keras_mp, it gives\nthe model's class for {same} of {len(images)} test images "
+        f"keras_mp, it gives the model's class for {same} of {len(images)} test images "
         f"({np.mean(answers.argmax(-1) == labels):.2%} right); the largest difference of a probability is "
         f"{report.outputs['probabilities'].largest_error:.1g}."
     )
