@@ -40,6 +40,7 @@ class WeightUpdate:
         self._optimizer = optimizer
         self._why_not = "no step has been taken yet"
         self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._learning_rates: list[Any] = []
 
     @property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
@@ -66,11 +67,12 @@ class WeightUpdate:
             scale: scalar.
             squares: scalar, the `sum_of_squares` of `grads`.
         """
-        # Not read once more for their norm, but where some of them do not count.
-        counted = [None if replaces_variable(v) else g for g, v in zip(grads, variables, strict=True)]
-        if any(one is not other for one, other in zip(counted, grads, strict=True)):
-            squares = sum_of_squares(counted)
-        norm = global_norm(counted, squares) if self._clips() else None
+        norm = None
+        if self._clips():
+            counted = [None if replaces_variable(v) else g for g, v in zip(grads, variables, strict=True)]
+            if any(map(replaces_variable, variables)):
+                squares = sum_of_squares(counted)  # else the gradients are not read once more for their norm
+            norm = global_norm(counted, squares)
         self._why_not = self._why_not_compiled(grads, variables)
         if self._why_not:
             self._apply(grads, variables, scale, norm)
@@ -83,6 +85,7 @@ class WeightUpdate:
             id(optimizer._learning_rate),
         )
         if key not in self._compiled:
+            self._learning_rates.append(optimizer._learning_rate)  # one that is gone would leave its id to another
             self._compiled[key] = tf.function(
                 lambda grads, scale, norm: self._apply(grads, variables, scale, norm),
                 jit_compile=True,
@@ -146,7 +149,7 @@ class WeightUpdate:
 def unscale(gradient: "tf.Tensor | tf.IndexedSlices", scale: tf.Tensor) -> "tf.Tensor | tf.IndexedSlices":
     """Divides a gradient by the loss scale in float32, where the quotient of a float16 one does not underflow.
 
-    It is multiplied by the reciprocal, which is exact for powers of two and four times cheaper in a compiled update.
+    It is multiplied by the reciprocal, which is exact for powers of two and cheaper than a division.
 
     Args:
         gradient: of any float dtype and shape; `tf.IndexedSlices` stay sparse.
