@@ -1,7 +1,7 @@
 """Mixed-precision training for TensorFlow and Keras 3 that is fast, safe and provable."""
 
-from keras_mp import backend as _backend  # noqa: F401  (first: explains a missing TensorFlow)
-from keras_mp import errors, layers
+from keras_mp import backend as _backend  # noqa: F401  # isort: skip  (first: explains a missing TensorFlow)
+from keras_mp import activations, errors, layers, losses
 from keras_mp.export import ExportReport, export, verify_export
 from keras_mp.hardware import Hardware, detect
 from keras_mp.optimizer import LossScaleOptimizer
@@ -11,10 +11,12 @@ __all__ = [
     "ExportReport",
     "Hardware",
     "LossScaleOptimizer",
+    "activations",
     "detect",
     "errors",
     "export",
     "layers",
+    "losses",
     "policy_scope",
     "set_policy",
     "verify_export",

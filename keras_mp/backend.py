@@ -16,12 +16,19 @@ from keras_mp.errors import MissingTensorFlowError
 
 __all__ = [
     "in_xla_context",
+    "logits_of",
+    "mask_of",
     "one_device",
     "raise_from_graph",
+    "recording",
     "remapper_enabled",
     "runtime_started",
     "set_remapper",
+    "uncast",
+    "with_logits",
+    "with_mask",
     "without_all_reduce",
+    "without_autocast",
     "without_log_lines",
 ]
 
@@ -112,11 +119,17 @@ with contextlib.nullcontext() if "tensorflow" in sys.modules else without_log_li
 import keras  # noqa: E402  (only after the check above is its absence explained)
 import tensorflow as tf  # noqa: E402
 
+# Inside a layer's call a variable gives its value in the compute dtype; no public name switches that off.
+from keras.src.backend.common.variables import AutocastScope as _AutocastScope  # noqa: E402
+
 # `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
 from tensorflow.python.distribute import distribute_lib as _distribute_lib  # noqa: E402
 
 # Every public name that lists the runtime's devices starts it, and a started runtime takes no more configuration.
 from tensorflow.python.eager import context as _context  # noqa: E402
+
+# No public name tells whether a gradient tape is watching. It decides whether a function is compiled on its own.
+from tensorflow.python.eager import record as _record  # noqa: E402
 
 # No public name tells whether the function that is being traced will be compiled by XLA. It decides whether an op that
 # calls back into Python, which XLA cannot compile, may be placed in the graph.
@@ -250,6 +263,11 @@ def raise_from_graph(make_error: Callable[..., Exception], arguments: list[tf.Te
     return tf.py_function(raises, arguments, [])
 
 
+def recording() -> bool:
+    """Whether a gradient tape is watching what is computed now, so that this is the forward pass of a training step."""
+    return bool(_record.could_possibly_record())
+
+
 def remapper_enabled() -> bool:
     """Whether grappler may fuse a product with the bias and activation that follow it."""
     return bool(tf.config.optimizer.get_experimental_options().get("remapping", True))
@@ -270,3 +288,44 @@ def set_remapper(enabled: bool) -> None:
         enabled: whether the fusion may happen.
     """
     tf.config.optimizer.set_experimental_options({"remapping": enabled})
+
+
+def uncast(variable: keras.Variable) -> tf.Tensor:
+    """The value of a variable in the dtype it is stored in, also inside the call of a layer of another compute dtype.
+
+    Args:
+        variable: a Keras variable.
+    """
+    with without_autocast():
+        return tf.convert_to_tensor(variable.value)
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, variables are read and, what Keras 3.12 also rounds, assigned in the dtype they are stored in."""
+    with _AutocastScope(None):
+        yield
+
+
+# Keras has no public name for what its layers, activations and losses attach to tensors: the mask that goes along with
+# them, and the logits behind probabilities.
+def logits_of(tensor: Any) -> Any:
+    """The logits that a softmax or sigmoid has attached to its probabilities, or None."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def mask_of(tensor: Any) -> Any:
+    """The Keras mask that goes along with a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def with_logits(tensor: Any, logits: Any) -> Any:
+    """The tensor itself, with logits attached where Keras's losses look for them."""
+    tensor._keras_logits = logits
+    return tensor
+
+
+def with_mask(tensor: Any, mask: Any) -> Any:
+    """The tensor itself, with a Keras mask attached."""
+    tensor._keras_mask = mask
+    return tensor

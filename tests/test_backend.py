@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -183,3 +184,53 @@ def test_what_is_missing_is_named_with_what_to_type(case):
     assert run.stdout.startswith("MissingTensorFlowError ")
     for text in expected:
         assert text in run.stdout
+
+
+def test_recording_tells_when_a_tape_watches():
+    """Rests on `tensorflow.python.eager.record.could_possibly_record`."""
+    seen = {}
+
+    def look(name):
+        seen[name] = backend.recording()
+
+    @tf.function
+    def program():
+        look("graph")
+        with tf.GradientTape():
+            look("graph, tape")
+
+    look("eager")
+    with tf.GradientTape():
+        look("eager, tape")
+    program()
+    assert seen == {"eager": False, "eager, tape": True, "graph": False, "graph, tape": True}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32", "float64"])
+def test_uncast_gives_what_is_stored(policy):
+    class Reader(keras.layers.Layer):
+        def build(self, shape):
+            self.weight = self.add_weight(shape=(), initializer=lambda shape, dtype: tf.constant(1.0001, dtype))
+
+        def call(self, x):
+            return backend.uncast(self.weight), tf.convert_to_tensor(self.weight)
+
+    layer = Reader(dtype=policy)
+    stored, seen = layer(tf.zeros([1]))
+    assert stored.dtype == layer.variable_dtype
+    assert float(stored) == float(tf.constant(1.0001, layer.variable_dtype))
+    assert seen.dtype == layer.compute_dtype
+
+
+def test_keras_attaches_masks_and_logits_where_they_are_looked_for():
+    masked = keras.layers.Masking()(np.array([[[1.0], [0.0]]], "float32"))
+    np.testing.assert_array_equal(backend.mask_of(masked), [[True, False]])
+    logits = tf.constant([[0.0, 30.0]])
+    probabilities = keras.activations.softmax(logits)
+    assert backend.logits_of(probabilities) is logits
+    assert backend.logits_of(logits) is backend.mask_of(logits) is None
+    # Keras reads what is attached here: the mask leaves the second entry out, and log(1e-7) is not all that is seen.
+    values = backend.with_mask(tf.constant([[[1.0], [5.0]]]), tf.constant([[True, False]]))
+    assert keras.losses.MeanAbsoluteError()(tf.zeros((1, 2, 1)), values) == 1
+    copied = backend.with_logits(tf.identity(probabilities), logits)
+    np.testing.assert_allclose(keras.losses.sparse_categorical_crossentropy(np.array([0]), copied), [30.0], rtol=1e-6)

@@ -1,7 +1,40 @@
 """Keras layers that compute in float32 what 16 bits cannot hold."""
 
+from keras_mp.layers.batch_normalization import BatchNormalization
+from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
-from keras_mp.layers.normalization import BatchNormalization, LayerNormalization
+from keras_mp.layers.head import Head
+from keras_mp.layers.normalization import GroupNormalization, LayerNormalization, RMSNormalization
+from keras_mp.layers.pooling import (
+    AveragePooling1D,
+    AveragePooling2D,
+    AveragePooling3D,
+    GlobalAveragePooling1D,
+    GlobalAveragePooling2D,
+    GlobalAveragePooling3D,
+)
+from keras_mp.layers.resizing import Resizing, UpSampling2D
 from keras_mp.layers.softmax import Softmax
+from keras_mp.layers.spectral_normalization import SpectralNormalization
+from keras_mp.layers.unit_normalization import UnitNormalization
 
-__all__ = ["BatchNormalization", "Float32", "LayerNormalization", "Softmax"]
+__all__ = [
+    "AveragePooling1D",
+    "AveragePooling2D",
+    "AveragePooling3D",
+    "BatchNormalization",
+    "Float32",
+    "GlobalAveragePooling1D",
+    "GlobalAveragePooling2D",
+    "GlobalAveragePooling3D",
+    "GroupNormalization",
+    "Head",
+    "LayerNormalization",
+    "Normalization",
+    "RMSNormalization",
+    "Resizing",
+    "Softmax",
+    "SpectralNormalization",
+    "UnitNormalization",
+    "UpSampling2D",
+]

@@ -1,16 +1,14 @@
-"""Layer and batch normalization with float32 statistics and 16-bit tensors."""
+"""Normalization of each example by statistics of its own, in float32, from and to 16-bit tensors."""
 
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, fusion
+from keras_mp.errors import ArgumentError
 
-__all__ = ["BatchNormalization", "LayerNormalization"]
-
-# cuDNN refuses a smaller epsilon, and `tf.compat.v1.nn.fused_batch_norm` silently raises one to this.
-_FUSED_EPSILON_MIN = 1.001e-5
+__all__ = ["GroupNormalization", "LayerNormalization", "RMSNormalization"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -58,183 +56,233 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
     def call(self, inputs: Any) -> Any:
         """Normalizes `inputs`; see the class."""
-        dtype = keras.backend.result_type(inputs.dtype, self.compute_dtype, "float32")
         if self.rms_scaling:
-            return super().call(tf.cast(inputs, dtype))
-        rank = len(inputs.shape)
-        axes = [axis % rank for axis in self.axis]
+            return super().call(tf.cast(inputs, _dtype(self, inputs)))
+        axes = tuple(axis % len(inputs.shape) for axis in self.axis)
         # Keras reshapes the weights in this way, also where `axis` is not in the order of the input.
-        shape = [inputs.shape[axis] if axis in axes else 1 for axis in range(rank)]
-        weights = {
-            name: tf.reshape(keras.ops.cast(weight, dtype), shape)
-            for name, weight in (("gamma", self.gamma), ("beta", self.beta))
-            if weight is not None
-        }
-        return _layer_normalization(inputs, weights, axes, self.epsilon, dtype, self.compute_dtype)
-
-
-def _layer_normalization(
-    x: Any, weights: dict[str, Any], axes: list[int], epsilon: float, dtype: str, output_dtype: str
-) -> Any:
-    other_axes = [axis for axis in range(len(x.shape)) if axis not in axes]
-
-    def normalized(x: Any) -> tuple[Any, Any]:
-        x = tf.cast(x, dtype)
-        centred = x - tf.reduce_mean(x, axes, keepdims=True)
-        inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes, keepdims=True) + epsilon)
-        return centred * inverse, inverse
-
-    @tf.custom_gradient
-    def layer_normalization(x: Any, *values: Any) -> Any:
-        given = dict(zip(weights, values, strict=True))
-
-        def gradient(upstream: Any) -> Any:
-            n, inverse = normalized(x)
-            g = tf.cast(upstream, dtype)
-            h = g * given["gamma"] if "gamma" in given else g
-            to_x = inverse * (
-                h - tf.reduce_mean(h, axes, keepdims=True) - n * tf.reduce_mean(h * n, axes, keepdims=True)
-            )
-            of_weight = {"gamma": g * n, "beta": g}
-            return [
-                tf.cast(to_x, x.dtype),
-                *(tf.reduce_sum(of_weight[name], other_axes, keepdims=True) for name in given),
-            ]
-
-        y, _ = normalized(x)
-        if "gamma" in given:
-            y *= given["gamma"]
-        if "beta" in given:
-            y += given["beta"]
-        return tf.cast(y, output_dtype), gradient
-
-    return layer_normalization(x if x.dtype.is_floating else tf.cast(x, dtype), *weights.values())
+        return _normalize(self, inputs, {"gamma": self.gamma, "beta": self.beta}, axes=axes)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalization with float32 statistics that reads and writes 16-bit tensors, in one fused operation.
+class RMSNormalization(keras.layers.RMSNormalization):
+    """Root mean square normalization that computes in float32 and keeps only its 16-bit input for the backward pass.
 
-    A drop-in for `keras.layers.BatchNormalization`, with the same arguments, weights and moving statistics. With the
-    channels last, `epsilon` at least 1.001e-5, and no XLA, it is TensorFlow's fused kernel; with a mask, `renorm` or
-    `synchronized`, in training, it is Keras's computation in float32; elsewhere the same formula written out. But for
-    those three, an empty batch, as the last one of an epoch can be on a replica, leaves the moving statistics alone,
-    and so does a batch whose statistics are not finite, as that of a step which the optimizer skips.
+    A drop-in for `keras.layers.RMSNormalization`, with the same arguments and weights. The input is not cast to the
+    compute dtype first, so float32 inputs above 65504 still count. `scale` lies along `axis` wherever that is; Keras's
+    layer multiplies by it along the last axes, which fails, or scales the wrong axis where the sizes agree.
 
     Args:
-        axis: int, the axis of the channels, which are not normalized over. Defaults to -1.
-        momentum: float, the share of the moving statistics that each batch keeps. Defaults to 0.99.
-        epsilon: float, added to the variance, in the squared unit of the input. Defaults to 1e-3.
-        center, scale: bool, whether there is an offset `beta`, a factor `gamma`. Default to True.
-        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer, beta_regularizer,
-            gamma_regularizer, beta_constraint, gamma_constraint: as in Keras, for these weights.
-        renorm, renorm_clipping, renorm_momentum: batch renormalization, as in Keras.
-        synchronized: bool, whether the statistics are those of all the replicas' batches. Defaults to False.
+        axis: int, or list or tuple of ints, the axes to normalize over. Defaults to -1.
+        epsilon: float, added to the mean of the squares, in the squared unit of the input. Defaults to 1e-6.
         **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
 
     Call arguments:
         inputs: tensor of any shape whose `axis` is static; float16, bfloat16, float32, float64 or integers.
-        training: bool, whether to normalize by the batch's statistics (and move the moving ones) or by the moving ones.
-            `trainable = False` means the latter, as in Keras.
-        mask: bool, of the shape of `inputs` without its last axis, True where an element counts. Defaults to None.
 
     Returns:
         Tensor of the shape of `inputs`, in the layer's compute dtype.
 
     Raises:
-        ValueError: if `axis` is out of bounds, or the mask's rank is not one less than that of `inputs`.
+        ValueError: if an axis is out of bounds.
 
     Example:
         >>> import keras_mp
         >>> import numpy as np
-        >>> layer = keras_mp.layers.BatchNormalization(dtype="mixed_float16")
-        >>> y = layer(np.array([[99999.0], [100001.0]], "float32"), training=True)  # float16 ends at 65504
+        >>> layer = keras_mp.layers.RMSNormalization(dtype="mixed_float16")
+        >>> y = layer(np.array([[1e5, -1e5]], "float32"))  # float16 ends at 65504
         >>> y.numpy().tolist(), y.dtype
-        ([[-0.99951171875], [0.99951171875]], tf.float16)
+        ([[1.0, -1.0]], tf.float16)
 
-    Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467. The gradient is
+    that of `LayerNormalization` without the mean of h.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    axis: Any
+
+    def __init__(self, axis: Any = -1, epsilon: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(axis=axis, epsilon=epsilon, **kwargs)
         self.autocast = False  # a float32 input is not to be cast down before the float32 computation
 
     def build(self, input_shape: Any) -> None:
-        """Creates `gamma`, `beta` and the moving statistics."""
+        """Creates `scale`."""
         self.compute_output_shape(input_shape)  # Keras's words for an axis that is out of bounds
+        # As Keras's, but in Keras 3.12 also for a tuple, and never rounded to 16 bits.
+        self.axis = sorted(self.axis) if isinstance(self.axis, (list, tuple)) else [self.axis]
+        shape = tuple(input_shape[axis] for axis in self.axis)
+        self.scale = self.add_weight(name="scale", shape=shape, initializer="ones", autocast=False)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        """Normalizes `x`; see the class."""
+        axes = tuple(axis % len(x.shape) for axis in self.axis)
+        in_order = sorted(range(len(axes)), key=axes.__getitem__)
+        scale = self.scale if in_order == list(range(len(axes))) else keras.ops.transpose(self.scale, in_order)
+        return _normalize(self, x, {"gamma": scale}, axes=axes, centred=False)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+class GroupNormalization(keras.layers.GroupNormalization):
+    """Group normalization that computes in float32 and keeps only its 16-bit input for the backward pass.
+
+    A drop-in for `keras.layers.GroupNormalization`, with the same arguments and weights. The mean is subtracted before
+    anything is scaled or squared, so large inputs that differ little keep their digits. Sums run over each channel
+    first and over the channels of a group then, so that no tensor is transposed.
+
+    Args:
+        groups: int, how many groups the channels are divided into; 1 normalizes each example as a whole, -1 each
+            channel on its own (instance normalization). Defaults to 32.
+        axis: int, the axis of the channels, not that of the batch. Defaults to -1.
+        epsilon: float, added to the variance, in the squared unit of the input. Defaults to 1e-3.
+        center, scale: bool, whether there is an offset `beta`, a factor `gamma`. Default to True.
+        beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint:
+            as in Keras, for these weights.
+        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
+
+    Call arguments:
+        inputs: tensor of rank 2 or more whose `axis` is static; float16, bfloat16, float32, float64 or integers.
+
+    Returns:
+        Tensor of the shape of `inputs`, in the layer's compute dtype.
+
+    Raises:
+        ValueError: if `groups` is neither positive nor -1 or does not divide the channels, or `axis` is out of bounds
+            or has no static size.
+        keras_mp.errors.ArgumentError: if `axis` is that of the batch.
+
+    Example:
+        >>> import keras_mp
+        >>> import numpy as np
+        >>> layer = keras_mp.layers.GroupNormalization(groups=2, dtype="mixed_float16")
+        >>> y = layer(np.array([[59968.0, 60000.0, 1.0, 3.0]], "float16"))
+        >>> y.numpy().tolist(), y.dtype
+        ([[-1.0, 1.0, -0.99951171875, 0.99951171875]], tf.float16)
+
+    Wu and He, "Group Normalization", 2018, https://arxiv.org/abs/1803.08494. The gradient is that of
+    `LayerNormalization`, with the means over all but the batch and the groups.
+    """
+
+    def __init__(self, groups: int = 32, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(groups, int) or (groups <= 0 and groups != -1):  # as Keras words it; Keras 3.12 does not ask
+            raise ValueError(
+                "Received an invalid value for argument `groups`, expected a positive integer (or `-1` for instance "
+                f"normalization). Received: groups={groups}"
+            )
+        super().__init__(groups, *args, **kwargs)
+        self.autocast = False  # a float32 input is not to be cast down before the float32 computation
+
+    def build(self, input_shape: Any) -> None:
+        """Creates `gamma` and `beta`."""
+        self.compute_output_shape(input_shape)  # Keras's words for an axis that is out of bounds
+        if self.axis % len(input_shape) == 0:
+            raise ArgumentError(
+                f"`axis` must not be that of the batch. Received: axis={self.axis} for input shape "
+                f"{tuple(input_shape)}. Type the axis of the channels, axis=-1 for the last one."
+            )
         super().build(input_shape)
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any) -> Any:
         """Normalizes `inputs`; see the class."""
-        x = inputs
-        if keras.backend.standardize_dtype(x.dtype) != self.compute_dtype:
-            # A 16-bit input stays one only where the answer has the same dtype: the fused kernel answers in it.
-            x = tf.cast(x, keras.backend.result_type(x.dtype, self.compute_dtype, "float32"))
-        by_batch = bool(training) and self.trainable
-        renorm = getattr(self, "renorm", False)  # Keras 3.12, the last for Python 3.10, has none
-        if mask is not None or (by_batch and (renorm or self.synchronized)):
-            return super().call(x, training=training, mask=mask)
+        rank = len(inputs.shape)
+        channels = self.axis % rank
+        axes = tuple(axis for axis in range(1, rank) if axis != channels)
+        # Uncast: Keras 3.12 would hand them over in 16 bits where the layer is called on its own, and not in a model.
+        given = {"gamma": self.gamma, "beta": self.beta}
+        weights = {name: backend.uncast(weight) for name, weight in given.items() if weight is not None}
+        return _normalize(self, inputs, weights, axes=axes, groups=(channels, self.groups))
 
-        fused = (
-            self.axis % len(x.shape) == len(x.shape) - 1
-            and self.epsilon >= _FUSED_EPSILON_MIN
-            and x.dtype != tf.float64
-            # XLA fuses the written-out formula just as well, and expands the fused op into E[x^2] - E[x]^2, which for
-            # a mean of 10000 and a variance of 1 gave a variance of 48.
-            and not backend.in_xla_context()
-        )
-        if not (fused or by_batch):
-            return super().call(x, training=False)
-        outputs, mean, variance = self._fused(x, by_batch) if fused else self._written_out(x)
-        if by_batch:
-            self._move(mean, variance, x)
-        return tf.cast(outputs, self.compute_dtype)
 
-    def _fused(self, x: Any, by_batch: bool) -> tuple[Any, Any, Any]:
-        """The normalized input with the statistics it was normalized by, from one kernel."""
-        channels = x.shape[-1]
-        # The kernel takes rank 4. The elements stand in its second axis, as cuDNN limits the size of the first.
-        images = x if len(x.shape) == 4 else tf.reshape(x, [1, -1, 1, channels])
-        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=images,
-            scale=keras.ops.cast(self.gamma, "float32") if self.scale else tf.ones([channels]),
-            offset=keras.ops.cast(self.beta, "float32") if self.center else tf.zeros([channels]),
-            mean=tf.zeros([0]) if by_batch else keras.ops.cast(self.moving_mean, "float32"),
-            variance=tf.zeros([0]) if by_batch else keras.ops.cast(self.moving_variance, "float32"),
-            epsilon=self.epsilon,
-            is_training=by_batch,
-        )
-        if len(x.shape) != 4:
-            outputs = tf.ensure_shape(tf.reshape(outputs, tf.shape(x)), x.shape)
-        # The kernel divides by n - 1 (by 1 where n is 1) for the variance it answers; Keras moves by that of n.
-        n = tf.cast(tf.size(x, tf.int64) // channels, tf.float32)
-        return outputs, mean, variance * ((n - 1.0) / n)
+def _dtype(layer: Any, inputs: Any) -> str:
+    """The dtype to compute in."""
+    return str(keras.backend.result_type(inputs.dtype, layer.compute_dtype, "float32"))
 
-    def _written_out(self, x: Any) -> tuple[Any, Any, Any]:
-        """The same in training, in ops that any device and compiler takes."""
-        x = tf.cast(x, keras.backend.result_type(x.dtype, "float32"))
-        axis = self.axis % len(x.shape)
-        mean, variance = tf.nn.moments(x, [a for a in range(len(x.shape)) if a != axis])
-        # The NaN of an empty batch would reach the gradient of gamma.
-        mean, variance = (tf.where(tf.size(x) > 0, statistic, 0.0) for statistic in (mean, variance))
-        shape = [x.shape[axis] if a == axis else 1 for a in range(len(x.shape))]
-        scale = tf.math.rsqrt(variance + self.epsilon)
-        if self.scale:
-            scale *= keras.ops.cast(self.gamma, x.dtype)
-        # Centred before it is scaled: x * scale - mean * scale cancels digits where the mean is large.
-        outputs = (x - tf.reshape(mean, shape)) * tf.reshape(scale, shape)
-        if self.center:
-            outputs += tf.reshape(keras.ops.cast(self.beta, x.dtype), shape)
-        return outputs, mean, variance
 
-    def _move(self, mean: Any, variance: Any, x: Any) -> None:
-        """Moves the moving statistics towards the batch's, in the channels where those are finite.
+def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any) -> Any:
+    """Calls the operation below with a layer's weights, each along the axes that it belongs to."""
+    dtype = _dtype(layer, inputs)
+    along = [settings["groups"][0]] if "groups" in settings else settings["axes"]
+    shape = [size if axis in along else 1 for axis, size in enumerate(inputs.shape)]
+    given = {
+        name: tf.reshape(keras.ops.cast(weight, dtype), shape) for name, weight in weights.items() if weight is not None
+    }
+    return _normalization(
+        inputs if inputs.dtype.is_floating else tf.cast(inputs, dtype),
+        *given.values(),
+        weights=tuple(given),
+        epsilon=layer.epsilon,
+        dtype=dtype,
+        output_dtype=layer.compute_dtype,
+        **settings,
+    )
 
-        An empty batch has none, and one with NaN or an overflow is one that the optimizer skips: once in the moving
-        statistics, NaN would stay for ever.
-        """
-        finite = tf.math.is_finite(mean) & tf.math.is_finite(variance) & (tf.size(x) > 0)
-        for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            old = keras.ops.cast(moving, statistic.dtype)
-            new = old * self.momentum + statistic * (1.0 - self.momentum)
-            moving.assign(tf.where(finite, new, old))
+
+def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
+    """The mean over `axes`, and over the channels of each group: of (axis of the channels, number of groups)."""
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    if groups is None or groups[1] == x.shape[groups[0]]:
+        return mean
+    # All that is left has one element a channel.
+    by_group = tf.reshape(mean, [-1, groups[1], x.shape[groups[0]] // groups[1]])
+    by_group = tf.broadcast_to(tf.reduce_mean(by_group, -1, keepdims=True), tf.shape(by_group))
+    return tf.reshape(by_group, tf.shape(mean))
+
+
+def _normalized(
+    x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None, centred: bool, epsilon: float, dtype: str
+) -> tuple[Any, Any]:
+    x = tf.cast(x, dtype)
+    if centred:
+        x -= _mean(x, axes, groups)
+    inverse = tf.math.rsqrt(_mean(tf.square(x), axes, groups) + epsilon)
+    return x * inverse, inverse
+
+
+def _normalization_forward(
+    x: Any,
+    *values: Any,
+    weights: tuple[str, ...],
+    axes: tuple[int, ...],
+    epsilon: float,
+    dtype: str,
+    output_dtype: str,
+    groups: tuple[int, int] | None = None,
+    centred: bool = True,
+) -> Any:
+    given = dict(zip(weights, values, strict=True))
+    y, _ = _normalized(x, axes, groups, centred, epsilon, dtype)
+    if "gamma" in given:
+        y *= given["gamma"]
+    if "beta" in given:
+        y += given["beta"]
+    return tf.cast(y, output_dtype)
+
+
+def _normalization_backward(
+    x: Any,
+    *values: Any,
+    weights: tuple[str, ...],
+    axes: tuple[int, ...],
+    epsilon: float,
+    dtype: str,
+    output_dtype: str,
+    groups: tuple[int, int] | None = None,
+    centred: bool = True,
+) -> Any:
+    del output_dtype
+    *of_weights, upstream = values
+    given = dict(zip(weights, of_weights, strict=True))
+    n, inverse = _normalized(x, axes, groups, centred, epsilon, dtype)
+    g = tf.cast(upstream, dtype)
+    h = g * given["gamma"] if "gamma" in given else g
+    to_x = h - n * _mean(h * n, axes, groups)
+    if centred:
+        to_x -= _mean(h, axes, groups)
+    of_weight = {"gamma": g * n, "beta": g}
+    along = (groups[0],) if groups else axes
+    other_axes = [axis for axis in range(len(x.shape)) if axis not in along]
+    return [
+        tf.cast(inverse * to_x, x.dtype),
+        *(tf.reduce_sum(of_weight[name], other_axes, keepdims=True) for name in given),
+    ]
+
+
+_normalization = fusion.operation(_normalization_forward, _normalization_backward)

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_mp import activations
 from keras_mp.errors import ArgumentError
 
 __all__ = ["Softmax"]
@@ -68,7 +69,7 @@ class Softmax(keras.layers.Softmax):
         if mask is not None:
             mask = _as_bool(mask, x)
             x = tf.where(mask, x, _lowest(x.dtype))
-        outputs = _softmax_of_16_bits(x, axes) if x.dtype.size == 2 else _softmax(x, axes)
+        outputs = activations.softmax_of_16_bits(x, tuple(axes)) if x.dtype.size == 2 else _softmax(x, axes)
         if mask is not None:
             outputs = tf.where(mask, outputs, tf.zeros([], outputs.dtype))  # a row that is masked altogether
         return outputs if outputs.dtype == self.compute_dtype else tf.cast(outputs, self.compute_dtype)
@@ -125,24 +126,3 @@ def _softmax(x: Any, axes: list[int]) -> Any:
     # exp(x - logsumexp(x)) would round the logsumexp of large logits to their last digit.
     exp = tf.exp(x - tf.stop_gradient(tf.reduce_max(x, axes, keepdims=True)))
     return exp / tf.reduce_sum(exp, axes, keepdims=True)
-
-
-def _softmax_of_16_bits(x: Any, axes: list[int]) -> Any:
-    """Softmax in float32 that keeps only the 16-bit logits for the backward pass and computes the rest again.
-
-    Keeping the 16-bit probabilities instead would cost nothing, but 1 - y of a confident row would be lost.
-    """
-
-    @tf.custom_gradient
-    def softmax(x: Any) -> Any:
-        def in_float32() -> Any:
-            # Nothing below float32's lowest: a row of -inf would give -inf - -inf.
-            return _softmax(tf.maximum(tf.cast(x, tf.float32), tf.float32.min), axes)
-
-        def gradient(upstream: Any) -> Any:
-            y, g = in_float32(), tf.cast(upstream, tf.float32)
-            return tf.cast(y * (g - tf.reduce_sum(g * y, axes, keepdims=True)), x.dtype)
-
-        return tf.cast(in_float32(), x.dtype), gradient
-
-    return softmax(x)

@@ -1,0 +1,325 @@
+"""Activations that compute in float32 what 16 bits would round at every step, and answer in the dtype they get.
+
+Each keeps only its 16-bit input for the backward pass and is compiled by XLA to one pass over memory where that pays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend, fusion
+
+__all__ = ["gelu", "log_softmax", "mish", "silu", "softmax", "softmax_of_16_bits"]
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def gelu(x: Any, approximate: bool = False) -> Any:
+    """Gaussian error linear unit, x * P(X <= x) for a standard normal X, computed in float32.
+
+    A drop-in for `keras.activations.gelu`. Stock Keras rounds every step of it to the dtype of `x`, which costs the
+    digits of small values: in bfloat16 gelu(-3) is off by 2%. At -inf the answer is the limit, 0, where stock Keras
+    answers NaN.
+
+    Args:
+        x: tensor of any shape; float16, bfloat16, float32 or float64.
+        approximate: whether to use the approximation by tanh. Defaults to False.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is not of a floating-point dtype.
+
+    Example:
+        >>> import keras
+        >>> import keras_mp
+        >>> layer = keras.layers.Dense(4, activation=keras_mp.activations.gelu, dtype="mixed_bfloat16")
+        >>> keras_mp.activations.gelu(tf.constant([-60000.0, 0.0, 60000.0], "float16")).numpy().tolist()
+        [-0.0, 0.0, 60000.0]
+
+    Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, https://arxiv.org/abs/1606.08415.
+    """
+    return _elementwise("gelu", x, approximate=bool(approximate))
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def silu(x: Any) -> Any:
+    """Sigmoid linear unit (swish), x * sigmoid(x), computed in float32.
+
+    A drop-in for `keras.activations.silu`. At -inf the answer is the limit, 0, where stock Keras answers NaN.
+
+    Args:
+        x: tensor of any shape; float16, bfloat16, float32 or float64.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is not of a floating-point dtype.
+
+    Example:
+        >>> import keras_mp
+        >>> float(keras_mp.activations.silu(tf.constant(2.0, "bfloat16")))
+        1.7578125
+
+    Elfwing, Uchibe and Doya, "Sigmoid-Weighted Linear Units", 2017, https://arxiv.org/abs/1702.03118.
+    """
+    return _elementwise("silu", x)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def mish(x: Any) -> Any:
+    """Mish, x * tanh(softplus(x)), computed in float32.
+
+    A drop-in for `keras.activations.mish`. At -inf the answer is the limit, 0, where stock Keras answers NaN.
+
+    Args:
+        x: tensor of any shape; float16, bfloat16, float32 or float64.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is not of a floating-point dtype.
+
+    Example:
+        >>> import keras_mp
+        >>> float(keras_mp.activations.mish(tf.constant(1.0, "bfloat16")))
+        0.86328125
+
+    Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019, https://arxiv.org/abs/1908.08681.
+    """
+    return _elementwise("mish", x)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def softmax(x: Any, axis: int | None = -1) -> Any:
+    """Softmax computed in float32.
+
+    A drop-in for `keras.activations.softmax`. The losses of `keras_mp.losses` find the logits behind the
+    probabilities, as those of Keras do in float32. A row of -inf gives the uniform distribution, as in
+    `keras_mp.layers.Softmax`.
+
+    Args:
+        x: logits of any shape; float16, bfloat16, float32 or float64.
+        axis: int, the axis that sums to one; None for all of them together. Defaults to -1.
+
+    Returns:
+        Probabilities of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `axis` is out of bounds.
+
+    Example:
+        >>> import keras_mp
+        >>> keras_mp.activations.softmax(tf.constant([[60000.0, 60000.0, 0.0]], "float16")).numpy().tolist()
+        [[0.5, 0.5, 0.0]]
+
+    The gradient is y * (g - sum(g * y)), as in Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 6.2.
+    """
+    if isinstance(x, keras.KerasTensor):
+        return _Symbolic("softmax", {"axis": axis})(x)
+    x = keras.ops.convert_to_tensor(x)
+    axes = _axes(x, axis)
+    if not _is_16_bit(x):
+        return keras.activations.softmax(x, axis=axis)
+    return backend.with_logits(softmax_of_16_bits(x, axes=axes), x)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def log_softmax(x: Any, axis: int | None = -1) -> Any:
+    """Logarithm of the softmax, computed in float32.
+
+    A drop-in for `keras.activations.log_softmax`. A row of -inf gives the logarithm of the uniform distribution.
+
+    Args:
+        x: logits of any shape; float16, bfloat16, float32 or float64.
+        axis: int, the axis over which the probabilities sum to one; None for all together. Defaults to -1.
+
+    Returns:
+        Logarithms of probabilities, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `axis` is out of bounds.
+
+    Example:
+        >>> import keras_mp
+        >>> keras_mp.activations.log_softmax(tf.constant([[300.0, 302.0]], "bfloat16")).numpy().tolist()
+        [[-2.125, -0.126953125]]
+
+    The gradient is g - softmax(x) * sum(g).
+    """
+    if isinstance(x, keras.KerasTensor):
+        return _Symbolic("log_softmax", {"axis": axis})(x)
+    x = keras.ops.convert_to_tensor(x)
+    axes = _axes(x, axis)
+    if not _is_16_bit(x):
+        return keras.activations.log_softmax(x, axis=axis)
+    return _log_softmax_of_16_bits(x, axes=axes)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+class _Symbolic(keras.Operation):
+    """An activation as a node of a functional model, for when it is called with a `keras.Input`."""
+
+    def __init__(self, function: str, settings: dict[str, Any], name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.function, self.settings = function, settings
+
+    def call(self, x: Any) -> Any:
+        return globals()[self.function](x, **self.settings)
+
+    def compute_output_spec(self, x: Any) -> Any:
+        if "axis" in self.settings:
+            _axes(x, self.settings["axis"])
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"function": self.function, "settings": self.settings, "name": self.name}
+
+
+def _is_16_bit(x: Any) -> bool:
+    return bool(x.dtype.is_floating and x.dtype.size == 2)
+
+
+def _axes(x: Any, axis: int | None) -> tuple[int, ...]:
+    """The axes that sum to one together, or Keras's error for one that is not there."""
+    rank = len(x.shape)
+    if axis is None:
+        return tuple(range(rank))
+    if not -rank <= axis < rank:
+        raise ValueError(f"Axis {axis} is out of bounds for input shape {tuple(x.shape)}. Received: axis={axis}")
+    return (axis % rank,)
+
+
+# Beyond this all of them are x or 0 also in float64. Limits keep inf * 0 out of value and gradient.
+_FAR = 1000.0
+
+
+def _normal_cdf(x: Any) -> Any:
+    return 0.5 * tf.math.erfc(x * -(0.5**0.5))
+
+
+def _tanh_argument(x: Any) -> tuple[Any, Any]:
+    """Twice the argument of tanh in the approximation of gelu, as (1 + tanh(u)) / 2 = sigmoid(2u), and its slope."""
+    factor = 2 * (2 / 3.141592653589793) ** 0.5
+    square = 0.044715 * x * x
+    return factor * x * (1 + square), factor * (1 + 3 * square)
+
+
+def _gelu(approximate: bool) -> tuple[Any, Any]:
+    def factor(x: Any) -> Any:
+        return tf.sigmoid(_tanh_argument(x)[0]) if approximate else _normal_cdf(x)
+
+    def slope(x: Any) -> Any:
+        if approximate:
+            u, of_u = _tanh_argument(x)
+            return tf.sigmoid(u) + x * tf.sigmoid(u) * tf.sigmoid(-u) * of_u
+        return _normal_cdf(x) + x * tf.exp(-0.5 * x * x) * (2 * 3.141592653589793) ** -0.5
+
+    return factor, slope
+
+
+def _silu() -> tuple[Any, Any]:
+    return tf.sigmoid, lambda x: tf.sigmoid(x) * (1 + x * tf.sigmoid(-x))
+
+
+def _mish() -> tuple[Any, Any]:
+    def factor(x: Any) -> Any:
+        return tf.tanh(tf.math.softplus(x))
+
+    def slope(x: Any) -> Any:
+        y = factor(x)
+        return y + x * tf.sigmoid(x) * (1 - y * y)
+
+    return factor, slope
+
+
+# For each, functions from its settings to what x is multiplied with, and to the slope of the product.
+_FUNCTIONS: dict[str, Callable[..., tuple[Any, Any]]] = {"gelu": _gelu, "silu": _silu, "mish": _mish}
+
+
+def _wide(x: Any) -> Any:
+    return tf.cast(x, tf.float32) if _is_16_bit(x) else x
+
+
+def _elementwise_forward(x: Any, *, function: str, **settings: Any) -> Any:
+    factor, _ = _FUNCTIONS[function](**settings)
+    wide = tf.maximum(_wide(x), -_FAR)
+    return tf.cast(wide * factor(wide), x.dtype)
+
+
+def _elementwise_backward(x: Any, upstream: Any, *, function: str, **settings: Any) -> Any:
+    _, slope = _FUNCTIONS[function](**settings)
+    wide = tf.minimum(tf.maximum(_wide(x), -_FAR), _FAR)
+    return tf.cast(slope(wide) * _wide(upstream), x.dtype)
+
+
+_elementwise_operation = fusion.operation(_elementwise_forward, _elementwise_backward)
+
+
+def _elementwise(function: str, x: Any, **settings: Any) -> Any:
+    if isinstance(x, keras.KerasTensor):
+        return _Symbolic(function, settings)(x)
+    x = keras.ops.convert_to_tensor(x)
+    if not x.dtype.is_floating:
+        raise ValueError(
+            f"`{function}` takes a tensor of a floating-point dtype. Received: x.dtype={x.dtype.name}. "
+            'Cast it first: keras.ops.cast(x, "float32").'
+        )
+    return _elementwise_operation(x, function=function, **settings)
+
+
+def _shifted(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Logits in float32 less the largest of their row, and the sum of their exponentials.
+
+    exp(x - logsumexp(x)) would round the logsumexp of large logits to their last digit. Nothing is below float32's
+    lowest: a row of -inf would give -inf - -inf.
+    """
+    x = tf.maximum(tf.cast(x, tf.float32), tf.float32.min)
+    x -= tf.stop_gradient(tf.reduce_max(x, axes, keepdims=True))
+    return x, tf.reduce_sum(tf.exp(x), axes, keepdims=True)
+
+
+def _softmax_in_float32(x: Any, axes: tuple[int, ...]) -> Any:
+    x, total = _shifted(x, axes)
+    return tf.exp(x) / total
+
+
+def _softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
+    return tf.cast(_softmax_in_float32(x, axes), x.dtype)
+
+
+def _softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
+    # Keeping the 16-bit probabilities would save their computation, but 1 - y of a confident row would be lost.
+    y, g = _softmax_in_float32(x, axes), tf.cast(upstream, tf.float32)
+    return tf.cast(y * (g - tf.reduce_sum(g * y, axes, keepdims=True)), x.dtype)
+
+
+def _log_softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
+    shifted, total = _shifted(x, axes)
+    return tf.cast(shifted - tf.math.log(total), x.dtype)
+
+
+def _log_softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
+    g = tf.cast(upstream, tf.float32)
+    return tf.cast(g - _softmax_in_float32(x, axes) * tf.reduce_sum(g, axes, keepdims=True), x.dtype)
+
+
+_softmax_operation = fusion.operation(_softmax_forward, _softmax_backward)
+_log_softmax_of_16_bits = fusion.operation(_log_softmax_forward, _log_softmax_backward)
+
+
+def softmax_of_16_bits(x: Any, axes: tuple[int, ...]) -> Any:
+    """Softmax of 16-bit logits over one or several axes, computed in float32.
+
+    Args:
+        x: float16 or bfloat16 logits of any shape.
+        axes: the axes that sum to one together, counted from the front.
+
+    Returns:
+        Probabilities of the shape and dtype of `x`.
+    """
+    return _softmax_operation(x, axes=axes)
