@@ -1,5 +1,6 @@
 """Keras layers that compute in float32 what 16 bits cannot hold."""
 
+from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
 from keras_mp.layers.batch_normalization import BatchNormalization
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
@@ -19,6 +20,8 @@ from keras_mp.layers.spectral_normalization import SpectralNormalization
 from keras_mp.layers.unit_normalization import UnitNormalization
 
 __all__ = [
+    "AdditiveAttention",
+    "Attention",
     "AveragePooling1D",
     "AveragePooling2D",
     "AveragePooling3D",
@@ -28,8 +31,10 @@ __all__ = [
     "GlobalAveragePooling2D",
     "GlobalAveragePooling3D",
     "GroupNormalization",
+    "GroupedQueryAttention",
     "Head",
     "LayerNormalization",
+    "MultiHeadAttention",
     "Normalization",
     "RMSNormalization",
     "Resizing",
