@@ -51,11 +51,17 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 
 bench: $(INSTALLED) ## time everything in benchmarks/ against stock Keras; wants a machine that does nothing else
 	@$(BIN)/python -m benchmarks.optimizer
+	@$(BIN)/python -m benchmarks.layers
+	@$(BIN)/python -m benchmarks.attention
+
+bench-aot: ## memory of the layers on TPU v5e and H100, by their compilers; needs neither, and may share the machine
+	@$(MAKE) --no-print-directory VENV=.venv-aot EXTRA=cpu,aot install
+	@.venv-aot/bin/python -m benchmarks.aot
 
 build: $(INSTALLED) ## wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove what the other commands made
-	rm -rf .venv .venv-tf2* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
+	rm -rf .venv .venv-tf2* .venv-aot build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
 
-.PHONY: help install demo test test-all test-matrix lint format bench build clean
+.PHONY: help install demo test test-all test-matrix lint format bench bench-aot build clean

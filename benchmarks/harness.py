@@ -3,16 +3,24 @@
 A ratio of two cases is taken round by round, from runs that follow one another, so that whatever slows the machine for
 a while slows both; its median and quartiles over the rounds are what a table shows. `command` makes the command of a
 theme; `python -m benchmarks.harness table benchmarks/results/optimizer.json` prints the table of a result.
+
+Memory is taken in a process of its own, where the allocator is told to give every freed block back to the system: what
+a run adds is the peak of the process's resident memory during it, less what was resident before. Linux alone keeps such
+a peak and lets it be reset.
 """
 
+import ctypes
 import dataclasses
 import datetime
+import gc
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +32,25 @@ import typer
 __all__ = [
     "Case",
     "Comparison",
+    "Grid",
     "Group",
     "Spread",
+    "as_group",
+    "begin",
     "command",
     "describe_machine",
     "measure",
+    "memory_in_child",
     "orders",
     "paired_ratios",
+    "peak_memory",
+    "run_group",
+    "run_module",
     "spread",
     "table",
+    "version",
     "wait_until_idle",
+    "write",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +58,17 @@ RESULTS = Path(__file__).parent / "results"
 # Another process that computes all the time adds 1 to the load average.
 IDLE_LOAD = 0.5
 PATIENCE_SECONDS = 180
+
+# TensorFlow built with oneDNN has a pool of its own that gives nothing back; glibc keeps freed blocks for later. From
+# these sizes on, in bytes, glibc asks the system for each block and gives each back; setting them also stops it from
+# raising them by itself.
+ALLOCATOR = {
+    "TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
+MEMORY_RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +88,19 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A ratio to show: the time of one case over that of another.
+    """A ratio to show: the time of one case over that of another, and the memory where the group has it.
 
     Args:
         case: the name of the first.
         against: the names of others; the one with the smallest median is taken.
-        at_most: what the ratio should not exceed. None shows it without a target.
+        at_most: what the ratio of the times should not exceed. None shows it without a target.
+        memory_at_most: the same for the memory.
     """
 
     case: str
     against: tuple[str, ...]
     at_most: float | None = None
+    memory_at_most: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +112,39 @@ class Group:
         cases: what takes turns. They are made when the group is run and let go after it.
         comparisons: the ratios to show.
         rounds: how many turns each case gets.
+        memory: what to take the memory of, in a process of its own: "module:function" and the function's arguments,
+            as for `memory_in_child`. Its cases bear names of those that are timed; some may be left out. Empty for no
+            memory.
     """
 
     name: str
     cases: Callable[[], Sequence[Case]]
     comparisons: Sequence[Comparison]
     rounds: int = 30
+    memory: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Numbers of one unit in rows and columns, for results that are not times.
+
+    Args:
+        name: the heading of its table.
+        unit: of its numbers.
+        corner: what its rows are.
+        columns: their names.
+        rows: numbers by the name of the row, one for each column; None where there is none.
+    """
+
+    name: str
+    unit: str
+    corner: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float | None]]
+
+    def as_json(self) -> dict[str, Any]:
+        """What the JSON file holds of it."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +228,82 @@ def measure(cases: Sequence[Case], rounds: int, warm_up: int = 3) -> dict[str, l
     return times
 
 
+def peak_memory(run: Callable[[], object], warm_up: int = 2, runs: int = MEMORY_RUNS) -> list[float]:
+    """What a run adds to the resident memory of this process at its peak.
+
+    Args:
+        run: does it once.
+        warm_up: how many times it is run before, so that what stays for ever is there already.
+        runs: how many times to take it.
+
+    Returns:
+        MiB, one for each run.
+
+    Raises:
+        OSError: where the system is not Linux.
+    """
+    values = []
+    for _ in range(warm_up):
+        run()
+    for _ in range(runs):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is that of what is resident now
+        before = _resident("VmRSS")
+        run()
+        values.append((_resident("VmHWM") - before) / 1024)
+    return values
+
+
+def memory_in_child(target: str, *arguments: str) -> dict[str, list[float]]:
+    """`peak_memory` of some cases, in a fresh process whose allocator gives freed memory back.
+
+    Args:
+        target: "module:function"; the function makes the cases.
+        arguments: what the function gets.
+
+    Returns:
+        MiB by the name of the case.
+
+    Raises:
+        subprocess.CalledProcessError: if the process fails, as where the memory of the machine is not enough.
+    """
+    return json.loads(run_module("benchmarks.harness", "memory", target, *arguments, environment=ALLOCATOR))
+
+
+def run_module(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Runs a module of this repository in a process of its own.
+
+    Args:
+        module: its dotted name.
+        arguments: of its command.
+        environment: variables to set beside those of this process.
+
+    Returns:
+        The last line it printed.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **(environment or {})},
+        text=True,
+    )
+    if process.returncode:
+        print(process.stderr, file=sys.stderr)  # not otherwise: TensorFlow's greetings fill lines each time
+        process.check_returncode()
+    return process.stdout.strip().splitlines()[-1]
+
+
 def describe_machine() -> dict[str, Any]:
     """What the times depend on: processor, accelerators, cores, versions, and the day."""
     import keras_mp
 
     hardware = keras_mp.detect()
-    versions = {name: _version(name) for name in ("tensorflow", "keras", "numpy", "keras-mp")}
+    versions = {name: version(name) for name in ("tensorflow", "keras", "numpy", "keras-mp")}
     return {
         "devices": [
             {"kind": device.kind, "name": device.name, "features": list(device.features)} for device in hardware.devices
@@ -214,6 +341,27 @@ def wait_until_idle(limit: float = IDLE_LOAD, patience: float = PATIENCE_SECONDS
     return load
 
 
+def begin(theme: str, loaded: bool) -> dict[str, Any]:
+    """What the JSON file of a theme holds before anything is timed.
+
+    Args:
+        theme: the name of its files.
+        loaded: whether to take times on a busy machine.
+
+    Raises:
+        typer.Exit: if the machine is busy and that was not asked for.
+    """
+    load = wait_until_idle(patience=0 if loaded else PATIENCE_SECONDS)
+    if load is not None and load > IDLE_LOAD and not loaded:
+        print(
+            f"Something else computes here: the load average is {load:.2f}, and above {IDLE_LOAD} times mean "
+            "little. Stop it, or pass --loaded.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+    return {"theme": theme, "machine": {**describe_machine(), "load": load}, "groups": []}
+
+
 def command(theme: str, groups: Sequence[Group]) -> typer.Typer:
     """The command line of a theme: takes the times, writes `results/<theme>.json` and `.md`, prints the table.
 
@@ -230,26 +378,27 @@ def command(theme: str, groups: Sequence[Group]) -> typer.Typer:
         rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each group, instead of its own.")] = None,
         only: Annotated[str, typer.Option(help="Run only groups with this in their name.")] = "",
     ) -> None:
-        load = wait_until_idle(patience=0 if loaded else PATIENCE_SECONDS)
-        if load is not None and load > IDLE_LOAD and not loaded:
-            print(
-                f"Something else computes here: the load average is {load:.2f}, and above {IDLE_LOAD} times mean "
-                "little. Stop it, or pass --loaded.",
-                file=sys.stderr,
-            )
-            raise typer.Exit(1)
-        results: dict[str, Any] = {"theme": theme, "machine": {**describe_machine(), "load": load}, "groups": []}
+        results = begin(theme, loaded)
         for group in groups:
             if only in group.name:
                 print(f"{group.name} ...", file=sys.stderr, flush=True)
-                results["groups"].append(_run_group(group, rounds or group.rounds))
-                # Now, so that an interruption loses one group and not all.
-                output.mkdir(parents=True, exist_ok=True)
-                (output / f"{theme}.json").write_text(json.dumps(results, indent=1) + "\n")
-                (output / f"{theme}.md").write_text(table(results))
+                results["groups"].append(run_group(group, rounds or group.rounds))
+                write(results, output)  # now, so that an interruption loses one group and not all
         print(table(results))
 
     return theme_app
+
+
+def write(results: Mapping[str, Any], output: Path) -> None:
+    """Writes the two files of a theme.
+
+    Args:
+        results: what its JSON file is to hold.
+        output: the folder, made where it is not there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{results['theme']}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / f"{results['theme']}.md").write_text(table(results))
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -259,43 +408,126 @@ def table(results: Mapping[str, Any]) -> str:
         results: the file, read.
 
     Returns:
-        The machine in a few lines, and for each group its times and its ratios.
+        The machine in a few lines, for each group its times, its memory and their ratios, and each grid.
     """
     lines = [f"# {results['theme']}", "", *_machine_lines(results["machine"])]
-    for group in results["groups"]:
-        times = group["times_ms"]
-        lines += ["", f"## {group['name']}", ""]
-        lines += ["| case | median, ms | quartiles |", "|---|---:|---:|"]
-        for name, values in times.items():
-            each = spread(values)
-            note = group["notes"].get(name)
-            cells = (
-                f"{name} ({note})" if note else name,
-                _number(each.median),
-                f"{_number(each.lower)} to {_number(each.upper)}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-        if group["comparisons"]:
-            lines += ["", "| time of | over that of | ratio | quartiles | target |", "|---|---|---:|---:|---|"]
-        for comparison in group["comparisons"]:
-            against = min(comparison["against"], key=lambda name: statistics.median(times[name]))
-            each = spread(paired_ratios(times[comparison["case"]], times[against]))
-            at_most = comparison["at_most"]
-            target = "" if at_most is None else f"{at_most:g}, {'met' if each.median <= at_most else 'missed'}"
-            quartiles = f"{each.lower:.2f} to {each.upper:.2f}"
-            lines.append(f"| {comparison['case']} | {against} | {each.median:.2f} | {quartiles} | {target} |")
+    for group in results.get("groups", []):
+        lines += ["", f"## {group['name']}", "", *_case_lines(group)]
+        lines += [*_time_ratio_lines(group), *_memory_ratio_lines(group)]
+    for grid in results.get("grids", []):
+        lines += ["", f"## {grid['name']}, {grid['unit']}", ""]
+        lines += [f"| {' | '.join([grid['corner'], *grid['columns']])} |", f"|---|{'---:|' * len(grid['columns'])}"]
+        for name, row in grid["rows"].items():
+            lines.append(f"| {' | '.join([name, *('' if value is None else _number(value) for value in row)])} |")
     return "\n".join(lines) + "\n"
 
 
-def _run_group(group: Group, rounds: int) -> dict[str, Any]:
-    cases = list(group.cases())
-    times = measure(cases, rounds)
+def run_group(group: Group, rounds: int) -> dict[str, Any]:
+    """Takes what a group is about.
+
+    Args:
+        group: the group.
+        rounds: how many turns each case gets.
+
+    Returns:
+        What the JSON file holds of it.
+    """
+    # Memory first, while this process has not yet made its own copies of the cases.
+    memory = memory_in_child(*group.memory) if group.memory else None
+    return as_group(group.name, list(group.cases()), group.comparisons, rounds, memory)
+
+
+def as_group(
+    name: str,
+    cases: Sequence[Case],
+    comparisons: Sequence[Comparison],
+    rounds: int,
+    memory: Mapping[str, Sequence[float]] | None,
+) -> dict[str, Any]:
+    """Times cases, and puts them with their memory into what the JSON file holds of a group.
+
+    Args:
+        name: of the group.
+        cases: what takes turns.
+        comparisons: the ratios to show.
+        rounds: how many turns each case gets.
+        memory: MiB by the name of the case, or None.
+    """
     return {
-        "name": group.name,
+        "name": name,
         "notes": {case.name: case.note for case in cases if case.note},
-        "times_ms": {name: [round(value, 4) for value in values] for name, values in times.items()},
-        "comparisons": [dataclasses.asdict(comparison) for comparison in group.comparisons],
+        "times_ms": _rounded(measure(cases, rounds)),
+        **({} if memory is None else {"memory_mib": _rounded(memory)}),
+        "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
     }
+
+
+def _rounded(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 4) for value in each] for name, each in values.items()}
+
+
+def _case_lines(group: Mapping[str, Any]) -> list[str]:
+    memory = group.get("memory_mib")
+    columns = ["case", "median, ms", "quartiles", *([] if memory is None else ["memory, MiB"])]
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    for name, values in group["times_ms"].items():
+        each = spread(values)
+        note = group["notes"].get(name)
+        cells = [
+            f"{name} ({note})" if note else name,
+            _number(each.median),
+            f"{_number(each.lower)} to {_number(each.upper)}",
+        ]
+        if memory is not None:
+            cells.append(_number(statistics.median(memory[name])) if name in memory else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, reason in group.get("not_run", {}).items():
+        lines.append(f"| {name} ({reason}) |{' |' * (len(columns) - 1)}")
+    return lines
+
+
+def _time_ratio_lines(group: Mapping[str, Any]) -> list[str]:
+    times = group["times_ms"]
+    lines = []
+    for comparison in group["comparisons"]:
+        against = min(comparison["against"], key=lambda name: statistics.median(times[name]))
+        each = spread(paired_ratios(times[comparison["case"]], times[against]))
+        cells = [
+            f"{each.median:.2f}",
+            f"{each.lower:.2f} to {each.upper:.2f}",
+            _target(each.median, comparison["at_most"]),
+        ]
+        lines.append(f"| {' | '.join([comparison['case'], against, *cells])} |")
+    return (
+        ["", "| time of | over that of | ratio | quartiles | target |", "|---|---|---:|---:|---|", *lines]
+        if lines
+        else []
+    )
+
+
+def _memory_ratio_lines(group: Mapping[str, Any]) -> list[str]:
+    memory = {name: statistics.median(values) for name, values in group.get("memory_mib", {}).items()}
+    lines = []
+    for comparison in group["comparisons"]:
+        if all(
+            name in memory for name in (comparison["case"], *comparison["against"])
+        ):  # it is not taken of every case
+            against = min(comparison["against"], key=memory.__getitem__)
+            ratio = memory[comparison["case"]] / memory[against]
+            cells = [f"{ratio:.2f}", _target(ratio, comparison["memory_at_most"])]
+            lines.append(f"| {' | '.join([comparison['case'], against, *cells])} |")
+    return ["", "| memory of | over that of | ratio | target |", "|---|---|---:|---|", *lines] if lines else []
+
+
+def _target(ratio: float, at_most: float | None) -> str:
+    # As shown, to two digits: a page more of some hundred MiB is no miss.
+    return "" if at_most is None else f"{at_most:g}, {'met' if round(ratio, 2) <= at_most else 'missed'}"
+
+
+def _resident(name: str) -> int:
+    """A number of KiB out of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(f"{name}:")).split()[1])
 
 
 def _machine_lines(machine: Mapping[str, Any]) -> list[str]:
@@ -315,7 +547,12 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The version of an installed package.
+
+    Args:
+        name: of the package.
+    """
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -335,6 +572,14 @@ def _table(paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=Fal
     """Print the tables of results as Markdown."""
     for path in paths:
         print(table(json.loads(path.read_text())))
+
+
+@app.command("memory", hidden=True)
+def _memory(target: str, arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Print the memory of the cases that a function makes, as JSON: what `memory_in_child` starts."""
+    module, function = target.split(":")
+    cases: Sequence[Case] = getattr(importlib.import_module(module), function)(*(arguments or []))
+    print(json.dumps({case.name: peak_memory(case.run) for case in cases}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import harness, optimizer
+from benchmarks import aot, attention, harness, layers, optimizer
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -135,3 +138,190 @@ def test_what_is_compared_is_timed(group, monkeypatch):
 def test_a_skipped_step_is_one():
     bad = optimizer._gradients(((2,), (3,)), 1.0, True)
     assert [np.isinf(gradient.numpy()).sum() for gradient in bad] == [0, 1]
+
+
+def hundred_mib() -> list[Case]:
+    """What the test below runs in a process of its own."""
+    fill = tf.function(lambda: tf.reduce_sum(tf.random.uniform([100 * 2**18])))
+    return [Case("100 MiB", lambda: fill().numpy()), Case("nothing", lambda: None)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lets the peak be reset")
+def test_memory_is_that_of_what_a_run_allocates_and_gives_back():
+    memory = harness.memory_in_child("tests.test_benchmarks:hundred_mib")
+    # The reduction is free to take some scratch memory; a page here and there is the system's.
+    assert all(99 < value < 105 for value in memory["100 MiB"])
+    assert all(0 <= value < 1 for value in memory["nothing"])
+
+
+def test_a_child_that_fails_is_an_error_that_says_why(capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        harness.run_module("benchmarks.no_such_module")
+    assert "no_such_module" in capfd.readouterr().err
+
+
+WITH_MEMORY = {
+    **RESULTS,
+    "groups": [
+        {
+            "name": "with memory",
+            "notes": {},
+            "times_ms": {"a": [1.0], "b": [2.0], "c": [4.0]},
+            "memory_mib": {"a": [30.0, 10.0, 20.0], "b": [40.0]},
+            "not_run": {"d": "not run: too large"},
+            "comparisons": [
+                {"case": "a", "against": ["b"], "at_most": 1.0, "memory_at_most": 0.4},
+                {"case": "a", "against": ["c"], "at_most": None, "memory_at_most": None},
+            ],
+        }
+    ],
+    "grids": [{"name": "a grid", "unit": "MiB", "corner": "row", "columns": ["x", "y"], "rows": {"one": [1.0, None]}}],
+}
+
+
+def test_the_table_has_memory_and_what_was_not_run():
+    lines = harness.table(WITH_MEMORY).splitlines()
+    assert "| a | 1.00 | 1.00 to 1.00 | 20.0 |" in lines
+    assert "| c | 4.00 | 4.00 to 4.00 |  |" in lines
+    assert "| d (not run: too large) | | | |" in lines
+    assert "| a | b | 0.50 | 0.4, missed |" in lines
+    assert [line for line in lines if line.startswith("| a | c |")] == ["| a | c | 0.25 | 0.25 to 0.25 |  |"]
+
+
+def test_the_table_has_grids():
+    lines = harness.table(WITH_MEMORY).splitlines()
+    start = lines.index("## a grid, MiB")
+    assert lines[start + 2 : start + 5] == ["| row | x | y |", "|---|---:|---:|", "| one | 1.00 |  |"]
+
+
+def test_workloads_have_different_names():
+    names = [workload.name for workload in layers.WORKLOADS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("workload", layers.WORKLOADS, ids=lambda workload: workload.name)
+def test_a_layers_step_is_that_of_the_stock_layer(workload):
+    small = workload.small()
+    stock, ours = (
+        tf.function(layers.make_step(small, layers.find(small, ours), "float32", depth=2, seed=0), autograph=False)()
+        for ours in (False, True)
+    )
+    assert len(stock) == len(ours) >= 2
+    largest = max(float(np.abs(result.numpy()).max()) for result in stock)
+    for theirs, mine in zip(stock, ours, strict=True):
+        # float32 sums in another order, through two layers; relative to the largest number of each result, or to
+        # that of all where a result is 0 but for rounding, as the gradient to the bias of an attention's keys.
+        size = max(1e-2 * largest, float(np.abs(theirs.numpy()).max()))
+        np.testing.assert_allclose(mine.numpy() / size, theirs.numpy() / size, atol=2e-4)
+
+
+@pytest.mark.parametrize("workload", layers.WORKLOADS, ids=lambda workload: workload.name)
+def test_what_is_compared_of_a_layer_is_timed_and_its_memory_taken(workload, monkeypatch):
+    monkeypatch.setattr(layers, "make_step", lambda *args, **kwargs: list)
+    group = layers.group(workload)
+    names = {case.name for case in group.cases()}
+    for comparison in group.comparisons:
+        assert {comparison.case, *comparison.against} <= names
+    target, *arguments = group.memory
+    assert target == "benchmarks.layers:stacked"
+    assert {case.name for case in layers.stacked(*arguments)} == {n for n in names if "mixed_float16" not in n}
+
+
+def test_a_chain_of_layers_reaches_each_of_them():
+    workload = next(w for w in layers.WORKLOADS if w.name == "LayerNormalization").small()
+    one, four = (
+        tf.function(layers.make_step(workload, layers.find(workload, False), "float32", depth=depth))()
+        for depth in (1, layers.DEPTH)
+    )
+    assert len(one) == 1 + 1 + 2
+    assert len(four) == 1 + 1 + 2 * layers.DEPTH
+    assert all(np.abs(gradient.numpy()).max() > 0 for gradient in four)
+
+
+def _attention_results(tmp_path):
+    groups = [
+        {
+            **WITH_MEMORY["groups"][0],
+            "name": attention.group_name(length, causal),
+            "length": length,
+            "causal": causal,
+            "comparisons": [],
+            "memory_mib": {
+                "stock, float32": [length**2 / 2**15],
+                "ours, mixed_bfloat16": [length / 64],
+            },
+            "times_ms": {"stock, float32": [1.0], "ours, mixed_bfloat16": [1.0]},
+        }
+        for causal in (False, True)
+        for length in (512, 1024)
+    ]
+    harness.write({"theme": "attention", "machine": MACHINE, "groups": groups}, tmp_path)
+    rows = {attention.group_name(length, True): [None, length / 32] for length in (512, 1024)}
+    grid = harness.Grid("TPU v5e: temporaries", "MiB", "attention", ["stock, float32", "ours, float32"], rows)
+    harness.write({"theme": "attention_aot", "machine": MACHINE, "grids": [grid.as_json()]}, tmp_path)
+
+
+def test_the_plot_is_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    _attention_results(tmp_path)
+    plot = tmp_path / "plot.png"
+    result = CliRunner().invoke(attention.app, ["--plot-only", "--output", str(tmp_path), "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curves_hold_what_the_results_hold(tmp_path):
+    _attention_results(tmp_path)
+    results, aot = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("attention", "attention_aot"))
+    curves = attention.cpu_curves(results)
+    assert curves["stock, float32, causal"] == {512: 8.0, 1024: 32.0}
+    assert curves["ours, mixed_bfloat16"] == {512: 8.0, 1024: 16.0}
+    assert attention.compiler_curves(aot["grids"][0]) == {"ours, float32, causal": {512: 16.0, 1024: 32.0}}
+
+
+def test_a_length_of_attention_leaves_out_what_would_not_fit(monkeypatch):
+    taken = []
+
+    def memory(target, *words):
+        taken.append(words[:4])
+        return {case.name: [1.0] for case in attention.one_case(*words)}
+
+    monkeypatch.setattr(harness, "memory_in_child", memory)
+    before = {"stock, float32": 100.0, "stock, mixed_bfloat16": 50.0, "ours, float32": 1000.0}
+    stock = "keras.layers.MultiHeadAttention"
+    group = attention.run_length(16, True, before, path=stock, limit=250.0, rounds=1)
+    assert ("16", "causal", "stock", "float32") not in taken
+    assert len(taken) == 3
+    assert set(group["times_ms"]) == {"ours, float32", "stock, mixed_bfloat16", "ours, mixed_bfloat16"}
+    assert group["not_run"].keys() == {"stock, float32"}
+    assert {comparison["against"][0] for comparison in group["comparisons"]} == {"stock, mixed_bfloat16"}
+    harness.table({"theme": "attention", "machine": MACHINE, "groups": [group]})
+
+
+def test_every_step_is_compiled_for_accelerators():
+    names = [workload.name for workload in layers.WORKLOADS]
+    assert list(aot.layer_steps()) == names
+    assert set(aot.attention_steps()) == {
+        attention.group_name(length, causal) for length in attention.LENGTHS for causal in (False, True)
+    }
+
+
+def test_a_missing_compiler_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot, "PACKAGES", {"no_such_compiler": "no-such-compiler"})
+    result = CliRunner().invoke(aot.app, [])
+    assert result.exit_code == 1
+    assert "no-such-compiler" in result.output
+    assert "pip install -e '.[cpu,aot]'" in result.output
+
+
+def test_the_barrier_changes_no_number():
+    @tf.function(jit_compile=True)
+    def triple(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = 3 * aot.barrier(x)
+        return y, tape.gradient(y, x)
+
+    y, gradient = triple(tf.constant([1.0, -2.0]))
+    assert y.numpy().tolist() == [3.0, -6.0]
+    assert gradient.numpy().tolist() == [3.0, 3.0]

@@ -1,0 +1,228 @@
+"""What a step needs on a TPU v5e and an H100, without either: `python -m benchmarks.aot`.
+
+TensorFlow lowers the step to HLO on the CPU; the target's own compiler, which needs no device, lays it out and says how
+much memory it takes beside its inputs and weights. So these are the figures of the compiler, not an estimate. The steps
+are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward.
+
+Needs the extra `aot`, and calls private functions of jaxlib: seen working with jax and jaxlib 0.10.2, libtpu 0.0.52,
+jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each compilation has a process of its own.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import keras_mp  # noqa: F401  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
+
+import tensorflow as tf
+import typer
+
+from benchmarks import attention, harness, layers
+
+__all__ = ["TARGETS", "THEMES", "attention_steps", "barrier", "layer_steps", "memory", "require"]
+
+TARGETS = {"tpu-v5e": "TPU v5e", "h100": "H100"}
+PACKAGES = {
+    "jax": "jax",
+    "libtpu": "libtpu",
+    "jax_plugins.xla_cuda12": "jax-cuda12-plugin and jax-cuda12-pjrt",
+}
+_TPU_TOPOLOGY = "v5e:2x2"
+# What libtpu would otherwise ask the machine about, over the network.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "JAX_PLATFORMS": "cpu",
+}
+_H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+ memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+ shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+ registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+ device_description_str: "NVIDIA H100 80GB HBM3" """
+
+# By the name of a row, by the name of a case, what makes the step.
+Steps = Mapping[str, Mapping[str, Callable[[], Callable[[], Any]]]]
+
+
+def layer_steps() -> Steps:
+    """The steps of `benchmarks.layers`."""
+
+    def make(workload: layers.Workload, ours: bool, policy: str) -> Callable[[], Any]:
+        what = layers.find(workload, ours)
+        return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=barrier)
+
+    return {workload.name: _cases(functools.partial(make, workload)) for workload in layers.WORKLOADS}
+
+
+def attention_steps() -> Steps:
+    """The steps of `benchmarks.attention`."""
+    return {
+        attention.group_name(length, causal): _cases(
+            functools.partial(attention.make_step, length, causal, batch_is_static=True)
+        )
+        for causal in (False, True)
+        for length in attention.LENGTHS
+    }
+
+
+def _cases(make: Callable[[bool, str], Callable[[], Any]]) -> dict[str, Callable[[], Callable[[], Any]]]:
+    return {
+        layers.case_name(ours, policy): functools.partial(make, ours, policy)
+        for policy in attention.POLICIES
+        for ours in (False, True)
+    }
+
+
+THEMES: Mapping[str, Callable[[], Steps]] = {"layers": layer_steps, "attention": attention_steps}
+
+
+def require() -> None:
+    """Raises `ImportError`, with what to install, where a compiler is missing."""
+    missing = [name for module, name in PACKAGES.items() if not _there(module)]
+    if missing:
+        raise ImportError(
+            f"The compilers for TPU and H100 need {', '.join(missing)}. Install them with: pip install -e '.[cpu,aot]' "
+            "(or run `make bench-aot`, which does)."
+        )
+
+
+@tf.custom_gradient
+def barrier(x: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+    """`x`, of which XLA may not think that it could compute it once more instead of keeping it.
+
+    Between two layers of a chain is but a product, where a network has what XLA would not compute twice.
+
+    Args:
+        x: a tensor in a function that XLA compiles.
+    """
+    # TensorFlow has no public name for this operation, and no gradient of it.
+    from tensorflow.compiler.tf2xla.python import xla
+
+    return xla.optimization_barrier(x)[0], lambda upstream: upstream
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def memory(step: Callable[[], Any], target: str) -> float:
+    """The temporaries and results of a step as a target's compiler lays them out.
+
+    Args:
+        step: what a `tf.function` is made of; the shapes of its variables are static.
+        target: one of `TARGETS`.
+
+    Returns:
+        MiB.
+
+    Raises:
+        ImportError: where the extra `aot` is not installed.
+    """
+    require()
+    os.environ.update(_ENVIRONMENT)
+    graph = tf.function(step, jit_compile=True, autograph=False)
+    hlo = graph.experimental_get_compiler_ir()(stage="hlo_serialized")
+    stats = _compile(hlo, _device(target)).get_compiled_memory_stats()
+    # Before a result is written, its place serves for temporaries, so neither says much without the other.
+    return (stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes) / 2**20
+
+
+def _device(target: str) -> Any:
+    from jax.experimental import topologies
+
+    if target == "h100":
+        return topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology="1x1x1").devices[0]
+    return topologies.get_topology_desc(_TPU_TOPOLOGY, "tpu").devices[0]
+
+
+def _compile(hlo: bytes, device: Any) -> Any:
+    import numpy as np
+    from jax._src.interpreters import mlir
+    from jax._src.lib import _jax
+    from jaxlib import xla_client
+    from jaxlib.mlir import ir
+
+    text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
+    text = text if isinstance(text, str) else text.decode()
+    # TensorFlow leaves mhlo.copy on variables that pass through, which StableHLO has no name for.
+    text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+    options = xla_client.CompileOptions()
+    options.num_replicas = options.num_partitions = 1
+    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id]]))
+    return device.client.compile(module, xla_client.DeviceList((device,)), options)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = harness.RESULTS,
+    theme: Annotated[list[str] | None, typer.Option(help="layers, attention. Both without this.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="tpu-v5e, h100. Both without this.")] = None,
+    only: Annotated[str, typer.Option(help="Compile only what has this in its name.")] = "",
+) -> None:
+    """Compile the steps for TPU v5e and H100; write the memory they need as JSON and as a table."""
+    if context.invoked_subcommand:
+        return
+    try:
+        require()
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    for name in theme or THEMES:
+        _run_theme(name, target or list(TARGETS), only, output)
+
+
+@app.command(hidden=True)
+def one(theme: str, name: str, case: str, target: str) -> None:
+    """Print the MiB of one step."""
+    print(round(memory(THEMES[theme]()[name][case](), target), 3))
+
+
+def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> None:
+    machine = harness.describe_machine()
+    machine["versions"] |= {name: harness.version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
+    steps = {name: cases for name, cases in THEMES[theme]().items() if only in name}
+    grids = []
+    for target in targets:
+        rows: dict[str, list[float | None]] = {}
+        for name, cases in steps.items():
+            print(f"{theme}, {TARGETS[target]}: {name} ...", file=sys.stderr, flush=True)
+            rows[name] = [_in_child(theme, name, case, target) for case in cases]
+        columns = list(next(iter(steps.values()), {}))
+        grids.append(
+            harness.Grid(f"{TARGETS[target]}: temporaries and results of a step", "MiB", theme, columns, rows).as_json()
+        )
+        results = {"theme": f"{theme}_aot", "machine": machine, "grids": grids}
+        harness.write(results, output)
+    print(harness.table(results))
+
+
+def _in_child(*arguments: str) -> float | None:
+    try:
+        return float(harness.run_module("benchmarks.aot", "one", *arguments, environment=_ENVIRONMENT))
+    except subprocess.CalledProcessError as error:
+        # Some steps do not compile, as stock bilinear resizing in 16 bits; the others go on.
+        print(f"{', '.join(arguments)}: exit {error.returncode}", file=sys.stderr, flush=True)
+        return None
+
+
+if __name__ == "__main__":
+    app()
