@@ -279,23 +279,24 @@ def _shifted(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     lowest: a row of -inf would give -inf - -inf.
     """
     x = tf.maximum(tf.cast(x, tf.float32), tf.float32.min)
-    x -= tf.stop_gradient(tf.reduce_max(x, axes, keepdims=True))
-    return x, tf.reduce_sum(tf.exp(x), axes, keepdims=True)
+    x -= tf.stop_gradient(fusion.largest(x, axes))
+    return x, fusion.total(tf.exp(x), axes)
 
 
 def _softmax_in_float32(x: Any, axes: tuple[int, ...]) -> Any:
     x, total = _shifted(x, axes)
-    return tf.exp(x) / total
+    return tf.exp(x) * (1.0 / total)
 
 
 def _softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
     return tf.cast(_softmax_in_float32(x, axes), x.dtype)
 
 
-def _softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
-    # Keeping the 16-bit probabilities would save their computation, but 1 - y of a confident row would be lost.
-    y, g = _softmax_in_float32(x, axes), tf.cast(upstream, tf.float32)
-    return tf.cast(y * (g - tf.reduce_sum(g * y, axes, keepdims=True)), x.dtype)
+def _softmax_backward(y: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
+    # y * (g - sum(g * y)), where 16 bits would round the confident y of a row to 1 and lose its gradient, which is that
+    # 1 - y times a difference of g. The other y of the row know 1 - y: with their sum in place of 1 nothing is lost.
+    wide, g = tf.cast(y, tf.float32), tf.cast(upstream, tf.float32)
+    return tf.cast(wide * (g * fusion.total(wide, axes) - fusion.total(g * wide, axes)), y.dtype)
 
 
 def _log_softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
@@ -305,10 +306,10 @@ def _log_softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
 
 def _log_softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
     g = tf.cast(upstream, tf.float32)
-    return tf.cast(g - _softmax_in_float32(x, axes) * tf.reduce_sum(g, axes, keepdims=True), x.dtype)
+    return tf.cast(g - _softmax_in_float32(x, axes) * fusion.total(g, axes), x.dtype)
 
 
-_softmax_operation = fusion.operation(_softmax_forward, _softmax_backward)
+_softmax_operation = fusion.operation(_softmax_forward, _softmax_backward, keeps_output=True)
 _log_softmax_of_16_bits = fusion.operation(_log_softmax_forward, _log_softmax_backward)
 
 

@@ -5,6 +5,9 @@ converts to float32 and back in each. Compiled by XLA it does so once. Matrix pr
 there the libraries' kernels are faster.
 """
 
+import contextvars
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +15,12 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["fusible", "operation", "pays"]
+__all__ = ["fusible", "largest", "mean", "operation", "pays", "total"]
+
+# Whether what is traced now is being compiled on its own, for a CPU.
+_on_cpu = contextvars.ContextVar("_on_cpu", default=False)
+
+_LONGEST_SUM = 1024
 
 
 def pays(*tensors: tf.Tensor) -> bool:
@@ -53,17 +61,101 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
         >>> half(False)(3.0), float(half(True)(tf.constant(3.0)))
         (1.5, 1.5)
     """
-    compiled = tf.function(function, jit_compile=True, autograph=False)
+
+    @functools.wraps(function)
+    def traced(*tensors: Any, **settings: Any) -> Any:
+        token = _on_cpu.set(not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU"))
+        try:
+            return function(*tensors, **settings)
+        finally:
+            _on_cpu.reset(token)
+
+    compiled = tf.function(traced, jit_compile=True, autograph=False)
     return lambda fused: compiled if fused else function
 
 
-def operation(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """The sum over some axes, which stay with size 1.
+
+    XLA adds up on a CPU one element after the other. It has fast products of matrices with vectors, into which it fuses
+    what comes before, so there the sum over axes that stand together is a product with ones: a fifth of the time over
+    rows, a third of it along them.
+
+    Args:
+        x: float32 or float64, of any shape.
+        axes: counted from the front, in order.
+    """
+    if not _on_cpu.get() or not axes or tuple(axes) != tuple(range(axes[0], axes[-1] + 1)):
+        return tf.reduce_sum(x, axes, keepdims=True)
+    sizes = [_size(x, axis) for axis in range(x.shape.rank)]
+    if axes[0] == 0 and len(axes) > 1:
+        return tf.reduce_sum(total(x, axes[1:]), 0, keepdims=True)  # shorter products are faster
+    before, summed, after = sizes[: axes[0]], math.prod(sizes[axis] for axis in axes), sizes[axes[-1] + 1 :]
+    part = _part(summed)
+    if part != summed:
+        rows = total(tf.reshape(x, [*before, summed // part, part, *after]), (axes[0] + 1,))
+        sums = tf.reduce_sum(rows, axes[0], keepdims=True)
+    elif after:
+        rows = tf.reshape(x, [math.prod(before), summed, math.prod(after)])
+        # XLA is three times slower where it has to broadcast the ones over the products.
+        sums = tf.matmul(tf.ones([math.prod(before), 1, summed], x.dtype), rows)
+    else:
+        sums = tf.matmul(tf.reshape(x, [math.prod(before), summed]), tf.ones([summed, 1], x.dtype))
+    return tf.reshape(sums, [1 if axis in axes else size for axis, size in enumerate(sizes)])
+
+
+def _part(size: Any) -> Any:
+    """How many elements one product should add up: adding many to a sum that is large already loses their digits."""
+    if not isinstance(size, int) or size <= _LONGEST_SUM:
+        return size
+    part = next(part for part in range(_LONGEST_SUM, 0, -1) if size % part == 0)
+    return part if part >= _LONGEST_SUM // 16 else size
+
+
+def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """The mean over some axes, which stay with size 1; see `total`.
+
+    Args:
+        x: float32 or float64, of any shape.
+        axes: counted from the front, in order.
+    """
+    if not _on_cpu.get():
+        return tf.reduce_mean(x, axes, keepdims=True)
+    return total(x, axes) / tf.cast(math.prod(_size(x, axis) for axis in axes), x.dtype)
+
+
+def _size(x: tf.Tensor, axis: int) -> Any:
+    """The size of an axis, as an int where it is known."""
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+
+def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """The maximum over some axes, which stay with size 1.
+
+    XLA takes it on a CPU one element after the other as well; the maxima of eight parts of the last axis it takes
+    side by side.
+
+    Args:
+        x: of any shape.
+        axes: counted from the front.
+    """
+    last = x.shape.rank - 1
+    if _on_cpu.get() and axes == (last,) and x.shape[-1] % 8 == 0 and x.shape[-1] >= 128:
+        x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
+    return tf.reduce_max(x, axes, keepdims=True)
+
+
+def operation(
+    forward: Callable[..., Any], backward: Callable[..., Any], keeps_output: bool = False
+) -> Callable[..., Any]:
     """Makes one operation of a function and its gradient, that keeps nothing but its inputs for the backward pass.
 
     Args:
         forward: from tensors by position, and hashable settings by name, to a tensor or several.
         backward: from the same tensors, followed by the gradients to what `forward` answers, and the same settings, to
             a gradient for each tensor (None for integers).
+        keeps_output: whether to keep what `forward` answers, one tensor, instead: `backward` gets that and its
+            gradient.
 
     Returns:
         A function with the arguments of `forward`, compiled by XLA where `pays` says so.
@@ -85,10 +177,13 @@ def operation(forward: Callable[..., Any], backward: Callable[..., Any]) -> Call
 
         @tf.custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
-            def gradient(*upstream: tf.Tensor) -> Any:
-                return backward_of(fused)(*inputs, *upstream, **settings)
+            outputs = forward_of(fused)(*inputs, **settings)
+            kept = (outputs,) if keeps_output else inputs
 
-            return forward_of(fused)(*inputs, **settings), gradient
+            def gradient(*upstream: tf.Tensor) -> Any:
+                return backward_of(fused)(*kept, *upstream, **settings)
+
+            return outputs, gradient
 
         return with_gradient(*inputs)
 

@@ -140,9 +140,10 @@ def test_softmax_and_its_logarithm_against_stock_float32(name, axis, dtype):
             tape.watch(given)
             y = getattr(module, name)(given, axis=axis)
         results.append((y, tape.gradient(y, given, tf.cast(upstream, given.dtype))))
-    for actual, expected in zip(*results, strict=True):
+    for (actual, expected), roundings in zip(zip(*results, strict=True), (1, 2), strict=True):
         assert actual.dtype == x.dtype
-        assert_close(tf.cast(actual, "float32"), expected, ROUNDING[dtype] * 1.01)
+        # The gradient of the softmax is that of its rounded probabilities, rounded again.
+        assert_close(tf.cast(actual, "float32"), expected, roundings * ROUNDING[dtype] * 1.01)
 
 
 def test_log_softmax_of_large_and_masked_logits():

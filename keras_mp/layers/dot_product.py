@@ -85,29 +85,11 @@ def attend(
     Returns:
         Tensor of shape (B, T, heads, D of the output), in the dtype of `value`.
     """
-    heads, groups = query.shape[2], key.shape[2]
-    q = _split_heads(query, groups)
-    k, v = (tf.transpose(x, [0, 2, 1, 3]) for x in (key, value))
     if blockwise is None:
         lengths = query.shape[1], key.shape[1]
         blockwise = None in lengths or min(lengths) >= BLOCKWISE_FROM
-    settings = _Settings(scale, masks.causal, masks.window, rate)
-    hides = {}
-    if masks.key is not None:
-        hides["key_mask"] = masks.key[:, None, None, None, :]
-    if masks.pairs is not None:
-        hides["pair_mask"] = _split_mask(masks.pairs, heads, groups)
-    if rate:
-        hides["seed"] = seed
-    run = _in_blocks if blockwise else _at_once
-    outputs, log_sums = run(q, k, v, hides, settings, fusion.pays(query, key, value))
-    if masks.may_hide_rows():
-        seen = tf.math.is_finite(log_sums)
-        if masks.query is not None:
-            seen &= masks.query[:, None, None, :, None]
-        mean = tf.cast(tf.reduce_mean(tf.cast(v, log_sums.dtype), axis=2, keepdims=True), v.dtype)
-        outputs = tf.where(seen, outputs, mean[:, :, None] if hidden_rows_average else tf.zeros([], v.dtype))
-    return _join_heads(outputs)
+    outputs, seen, _ = _attend(query, key, value, masks, scale, rate, seed, blockwise=blockwise)
+    return _join_heads(_without_hidden_rows(outputs, value, seen, hidden_rows_average))
 
 
 def attend_with_scores(
@@ -121,32 +103,63 @@ def attend_with_scores(
     seed: Any = None,
     hidden_rows_average: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The same with the probabilities before dropout, of shape (B, heads, T, S), as a second answer."""
+    """The same in one block, with the probabilities before dropout, of shape (B, heads, T, S), as a second answer."""
+    heads = query.shape[2]
+    outputs, seen, probabilities = _attend(query, key, value, masks, scale, rate, seed, with_scores=True)
+    if seen is not None and hidden_rows_average:
+        even = tf.cast(1.0 / tf.cast(tf.shape(probabilities)[-1], tf.float32), probabilities.dtype)
+        probabilities = tf.where(seen, probabilities, even)
+    elif masks.query is not None:
+        probabilities = tf.where(seen, probabilities, tf.zeros([], probabilities.dtype))
+    outputs = _join_heads(_without_hidden_rows(outputs, value, seen, hidden_rows_average))
+    scores = tf.reshape(probabilities, [-1, heads, *(_size(probabilities, axis) for axis in (3, 4))])
+    return outputs, tf.ensure_shape(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])
+
+
+def _attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    masks: Masks,
+    scale: float,
+    rate: float,
+    seed: Any,
+    *,
+    blockwise: bool = False,
+    with_scores: bool = False,
+) -> tuple[Any, Any, Any]:
+    """The outputs (B, G, R, T, D), whether each query sees a key (None where all do), and the scores or None."""
     heads, groups = query.shape[2], key.shape[2]
     q = _split_heads(query, groups)
     k, v = (tf.transpose(x, [0, 2, 1, 3]) for x in (key, value))
-    hides: dict[str, Any] = {}
+    settings = _Settings(scale, masks.causal, masks.window, rate)
+    hides = {}
     if masks.key is not None:
         hides["key_mask"] = masks.key[:, None, None, None, :]
-    if masks.query is not None:
-        hides["query_mask"] = masks.query[:, None, None, :, None]
     if masks.pairs is not None:
         hides["pair_mask"] = _split_mask(masks.pairs, heads, groups)
-    settings = _Settings(scale, masks.causal, masks.window, 0.0)
-    bounded, factor = _within_range(q, k)
-    # The factor's own gradient, through the bound, is none: what it multiplies was divided by it.
-    hides["factor"] = tf.stop_gradient(factor)
-    products = _products(bounded, k)
-    names = tuple(hides)
-    probabilities = _probabilities(products, *hides.values(), names=names, settings=settings)
-    if hidden_rows_average and masks.may_hide_rows():
-        seen = tf.reduce_any(probabilities > 0, axis=-1, keepdims=True)
-        even = tf.cast(1.0 / tf.cast(tf.shape(k)[2], tf.float32), probabilities.dtype)
-        probabilities = tf.where(seen, probabilities, even)
-    dropped = tf.nn.experimental.stateless_dropout(probabilities, rate, seed) if rate else probabilities
-    scores = tf.reshape(probabilities, [-1, heads, tf.shape(q)[3], tf.shape(k)[2]])
-    scores = tf.ensure_shape(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])
-    return _join_heads(_weighted(dropped, v)), scores
+    if rate:
+        hides["seed"] = seed
+    run = _in_blocks if blockwise else functools.partial(_at_once, with_scores=with_scores)
+    outputs, log_sums, *scores = run(q, k, v, hides, settings, fusion.pays(query, key, value))
+    seen = None
+    if masks.may_hide_rows():
+        seen = tf.math.is_finite(log_sums)
+        if masks.query is not None:
+            seen &= masks.query[:, None, None, :, None]
+    return outputs, seen, scores[0] if scores else None
+
+
+def _without_hidden_rows(outputs: Any, value: Any, seen: Any, average: bool) -> Any:
+    """The outputs with the mean of all values, or zeros, for queries that see no key."""
+    if seen is None:
+        return outputs
+    filling = tf.zeros([], outputs.dtype)
+    if average:
+        filling = tf.cast(tf.reduce_mean(tf.cast(value, _wide(value.dtype)), axis=1), outputs.dtype)[
+            :, :, None, None, :
+        ]
+    return tf.where(seen, outputs, filling)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -180,6 +193,11 @@ def _size(x: Any, axis: int) -> Any:
     """The size of an axis as an int, or as a tensor where it is not known yet."""
     size = x.shape[axis]
     return tf.shape(x)[axis] if size is None else size
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype to compute in."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def _set_size(x: Any, axis: int, size: int | None) -> Any:
@@ -224,7 +242,7 @@ def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:
     at most the product of the lengths. (B, G, R, P, D) and (B, G, Q, D) to the shape of the former and (B, G, R, P, 1).
     """
     if rows.dtype != tf.float16:
-        return rows, tf.ones([], tf.float64 if rows.dtype == tf.float64 else tf.float32)
+        return rows, tf.ones([], _wide(rows.dtype))
     longest = tf.reduce_max(tf.norm(tf.cast(columns, tf.float32), axis=-1), axis=-1)[:, :, None, None, None]
     bound = tf.norm(tf.cast(rows, tf.float32), axis=-1, keepdims=True) * longest / 2.0**15
     exponent = tf.math.ceil(tf.math.log(bound) / tf.math.log(2.0))
@@ -237,7 +255,7 @@ def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:
 
 def _logits(products: Any, given: dict[str, Any], settings: _Settings) -> Any:
     """The products in float32, scaled, and -inf where they are hidden."""
-    dtype = tf.float64 if products.dtype == tf.float64 else tf.float32
+    dtype = _wide(products.dtype)
     logits = tf.cast(products, dtype) * (settings.scale * tf.cast(given["factor"], dtype))
     rows = given.get("first_row", 0) + tf.range(tf.shape(products)[3])[:, None]
     columns = given.get("first_column", 0) + tf.range(tf.shape(products)[4])[None, :]
@@ -255,10 +273,11 @@ def _logits(products: Any, given: dict[str, Any], settings: _Settings) -> Any:
 
 def _softmax(logits: Any) -> tuple[Any, Any]:
     """Probabilities of each row and the logarithm of its sum; zeros and -inf where all is hidden."""
-    largest = tf.reduce_max(logits, axis=-1, keepdims=True)
+    rows = (logits.shape.rank - 1,)
+    largest = fusion.largest(logits, rows)
     largest = tf.where(tf.equal(largest, -float("inf")), tf.zeros_like(largest), largest)
     exponentials = tf.exp(logits - largest)
-    total = tf.reduce_sum(exponentials, axis=-1, keepdims=True)
+    total = fusion.total(exponentials, rows)
     inverse = 1.0 / tf.where(tf.equal(total, 0.0), tf.ones_like(total), total)
     return exponentials * inverse, largest + tf.math.log(total)
 
@@ -285,68 +304,82 @@ def _block_backward(
     `slopes` are the products of the upstream gradient with the values: the gradient to the probabilities.
     """
     given = dict(zip(names, tensors, strict=True))
-    logits = _logits(products, given, settings)
-    if "log_sum" in given:
-        log_sum = given["log_sum"]
-        p = tf.exp(logits - tf.where(tf.equal(log_sum, -float("inf")), tf.zeros_like(log_sum), log_sum))
-    else:
-        p, _ = _softmax(logits)
+    logits, log_sum = _logits(products, given, settings), given["log_sum"]
+    p = tf.exp(logits - tf.where(tf.equal(log_sum, -float("inf")), tf.zeros_like(log_sum), log_sum))
     g = tf.cast(slopes, p.dtype) * tf.cast(given["slope_factor"], p.dtype)
     kept = p
     if settings.rate:
         keep = _kept(p, given, settings)
         g, kept = g * keep, p * keep
-    average = given["average"] if "average" in given else tf.reduce_sum(p * g, axis=-1, keepdims=True)
-    return tf.cast(kept, products.dtype), tf.cast(settings.scale * p * (g - average), products.dtype)
+    to_logits = p * (g - given["average"])
+    return tf.cast(kept, products.dtype), tf.cast(settings.scale * to_logits, products.dtype)
 
 
 _forward_of, _backward_of = fusion.fusible(_block_forward), fusion.fusible(_block_backward)
 
 
-def _probabilities_forward(products: Any, *tensors: Any, names: tuple[str, ...], settings: _Settings) -> Any:
-    return _block_forward(products, *tensors, names=names, settings=settings)[0]
-
-
-def _probabilities_backward(
-    products: Any, *tensors: Any, names: tuple[str, ...], settings: _Settings
-) -> list[Any | None]:
-    *given, upstream = tensors
-    named = dict(zip(names, given, strict=True))
-    # With the slopes as they come; the gradient to what was multiplied by `factor` has it too.
-    p, _ = _softmax(_logits(products, named, settings))
-    g = tf.cast(upstream, p.dtype)
-    to_logits = p * (g - tf.reduce_sum(p * g, axis=-1, keepdims=True))
-    to_products = to_logits * (settings.scale * tf.cast(named["factor"], p.dtype))
-    return [tf.cast(to_products, products.dtype), *(None for _ in given)]
-
-
-_probabilities = fusion.operation(_probabilities_forward, _probabilities_backward)
-
-
 # --- all at once ----------------------------------------------------------------------------------------------------
 
 
-def _at_once(q: Any, k: Any, v: Any, hides: dict[str, Any], settings: _Settings, fused: bool) -> tuple[Any, Any]:
-    """One block of everything; the backward pass starts from q, k and v again, so its own gradient is right as well."""
+def _dropped(p: Any, seed: Any, *, settings: _Settings) -> Any:
+    wide = tf.cast(p, _wide(p.dtype))
+    return tf.cast(wide * _kept(wide, {"seed": seed}, settings), p.dtype)
+
+
+def _from_probabilities(
+    p: Any, slopes: Any, *tensors: Any, names: tuple[str, ...], settings: _Settings
+) -> tuple[Any, ...]:
+    """The gradient to the unscaled products, and the probabilities after dropout where there is any.
+
+    As in the softmax of `keras_mp.activations`, the sum of a row's rounded probabilities stands in for 1.
+    """
+    given, rows = dict(zip(names, tensors, strict=True)), (p.shape.rank - 1,)
+    wide = tf.cast(p, _wide(p.dtype))
+    g = tf.cast(slopes, wide.dtype) * tf.cast(given["slope_factor"], wide.dtype)
+    dropped: tuple[Any, ...] = ()
+    if settings.rate:
+        keep = _kept(wide, given, settings)
+        g, dropped = g * keep, (tf.cast(wide * keep, p.dtype),)
+    if "to_scores" in given:
+        g += tf.cast(given["to_scores"], wide.dtype)
+    to_logits = wide * (g * fusion.total(wide, rows) - fusion.total(g * wide, rows))
+    return tf.cast(settings.scale * to_logits, p.dtype), *dropped
+
+
+_dropped_of, _from_probabilities_of = fusion.fusible(_dropped), fusion.fusible(_from_probabilities)
+
+
+def _at_once(
+    q: Any, k: Any, v: Any, hides: dict[str, Any], settings: _Settings, fused: bool, with_scores: bool = False
+) -> tuple[Any, ...]:
+    """One block of everything; keeps q, k, v and the probabilities, which are a third answer where they are asked for.
+
+    Computing the probabilities again in the backward pass would save their memory, at the cost of a product and of
+    their exponentials.
+    """
+    undropped = settings._replace(rate=0.0)
+    seed = {"seed": hides["seed"]} if settings.rate else {}
+    masks = {name: mask for name, mask in hides.items() if name != "seed"}
 
     @tf.custom_gradient
     def attention(q: Any, k: Any, v: Any) -> Any:
-        def products(q: Any, k: Any) -> tuple[Any, dict[str, Any]]:
-            bounded, factor = _within_range(q, k)
-            return _products(bounded, k), hides | {"factor": tf.stop_gradient(factor)}
+        bounded, factor = _within_range(q, k)
+        given = masks | {"factor": tf.stop_gradient(factor)}
+        p, log_sums = _forward_of(fused)(_products(bounded, k), *given.values(), names=tuple(given), settings=undropped)
+        kept = _dropped_of(fused)(p, seed["seed"], settings=settings) if settings.rate else p
 
-        def gradient(upstream: Any, _: Any) -> Any:
-            scores, given = products(q, k)
+        def gradient(upstream: Any, _: Any, *to_scores: Any) -> Any:
             bounded, factor = _within_range(upstream, v)
-            given |= {"slope_factor": tf.stop_gradient(factor)}
-            p, to_products = _backward_of(fused)(
-                scores, _products(bounded, v), *given.values(), names=tuple(given), settings=settings
+            given = (
+                seed | {"slope_factor": tf.stop_gradient(factor)} | dict(zip(["to_scores"], to_scores, strict=False))
             )
-            return _weighted(to_products, k), _gathered(to_products, q), _gathered(p, upstream)
+            to_products, *dropped = _from_probabilities_of(fused)(
+                p, _products(bounded, v), *given.values(), names=tuple(given), settings=settings
+            )
+            to_v = _gathered(dropped[0] if dropped else p, upstream)
+            return _weighted(to_products, k), _gathered(to_products, q), to_v
 
-        scores, given = products(q, k)
-        p, log_sums = _forward_of(fused)(scores, *given.values(), names=tuple(given), settings=settings)
-        return (_weighted(p, v), log_sums), gradient
+        return (_weighted(kept, v), log_sums, *([p] if with_scores else [])), gradient
 
     return attention(q, k, v)
 
@@ -454,7 +487,7 @@ class _Blocks:
 
 def _blocks_forward(blocks: _Blocks, fused: bool) -> tuple[Any, Any]:
     """The output, (row blocks, B, G, R, P, D), and the logarithm of each row's sum, (row blocks, B, G, R, P, 1)."""
-    wide = tf.float64 if blocks.q.dtype == tf.float64 else tf.float32
+    wide = _wide(blocks.q.dtype)
     shape = tf.concat([tf.shape(blocks.q)[:-1], tf.shape(blocks.v)[-1:]], 0)
     forward = _forward_of(fused)
 
@@ -490,7 +523,7 @@ def _blocks_forward(blocks: _Blocks, fused: bool) -> tuple[Any, Any]:
 
 
 def _blocks_backward(blocks: _Blocks, outputs: Any, log_sums: Any, upstream: Any, fused: bool) -> tuple[Any, Any, Any]:
-    wide = tf.float64 if blocks.q.dtype == tf.float64 else tf.float32
+    wide = _wide(blocks.q.dtype)
     pulled = blocks.of_queries(upstream)
     # The average slope of a row, weighted by its probabilities: Dao et al., 2022, appendix B.2.
     averages = tf.reduce_sum(tf.cast(pulled, wide) * tf.cast(outputs, wide), axis=-1, keepdims=True)

@@ -217,7 +217,7 @@ def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any
 
 def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
     """The mean over `axes`, and over the channels of each group: of (axis of the channels, number of groups)."""
-    mean = tf.reduce_mean(x, axes, keepdims=True)
+    mean = fusion.mean(x, axes)
     if groups is None or groups[1] == x.shape[groups[0]]:
         return mean
     # All that is left has one element a channel.
@@ -278,10 +278,10 @@ def _normalization_backward(
         to_x -= _mean(h, axes, groups)
     of_weight = {"gamma": g * n, "beta": g}
     along = (groups[0],) if groups else axes
-    other_axes = [axis for axis in range(len(x.shape)) if axis not in along]
+    other_axes = tuple(axis for axis in range(len(x.shape)) if axis not in along)
     return [
         tf.cast(inverse * to_x, x.dtype),
-        *(tf.reduce_sum(of_weight[name], other_axes, keepdims=True) for name in given),
+        *(fusion.total(of_weight[name], other_axes) for name in given),
     ]
 
 

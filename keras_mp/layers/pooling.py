@@ -296,20 +296,31 @@ def _windows(x: Any, size: tuple[int, ...], strides: tuple[int, ...], padding: s
     dtype, spatial = x.dtype if x.dtype.is_floating else tf.as_dtype(wide), x.shape[1:-1]
     # Each element is then in one window, and the gradient only has to be copied.
     tiled = size == strides and all(n is not None and n % window == 0 for n, window in zip(spatial, size, strict=True))
+    fused = fusion.pays(x)
 
     @tf.custom_gradient
     def run(x: Any) -> Any:
         shape = windows.shape_of(x)
 
         def gradient(upstream: Any) -> Any:
+            if tiled and wide == upstream.dtype.name == dtype.name:
+                return windows.pool_gradient(upstream, shape, size, strides, padding)  # nothing to add up
             if tiled:
-                return windows.repeated(tf.cast(tf.cast(upstream, accumulated) / math.prod(size), dtype), (1, *size, 1))
+                return _shared_of(fused)(upstream, size=size, accumulated=accumulated, dtype=dtype)
             return tf.cast(windows.pool_gradient(tf.cast(upstream, accumulated), shape, size, strides, padding), dtype)
 
         y = windows.pool(tf.cast(x, wide), size, strides, padding)
         return tf.cast(y, output_dtype), gradient
 
     return run(tf.cast(x, dtype))
+
+
+def _shared(upstream: Any, *, size: tuple[int, ...], accumulated: str, dtype: Any) -> Any:
+    """The gradient of a mean to each element of its window."""
+    return windows.repeated(tf.cast(tf.cast(upstream, accumulated) / math.prod(size), dtype), (1, *size, 1))
+
+
+_shared_of = fusion.fusible(_shared)
 
 
 def _mean(x: Any, axes: tuple[int, ...], keepdims: bool, output_dtype: str) -> Any:
@@ -341,7 +352,8 @@ def _mean(x: Any, axes: tuple[int, ...], keepdims: bool, output_dtype: str) -> A
 
 
 def _mean_forward(x: Any, *, axes: tuple[int, ...], keepdims: bool, wide: str, output_dtype: str) -> Any:
-    return tf.cast(tf.reduce_mean(tf.cast(x, wide), axes, keepdims), output_dtype)
+    y = fusion.mean(tf.cast(x, wide), axes)
+    return tf.cast(y if keepdims else tf.squeeze(y, axes), output_dtype)
 
 
 _mean_of = fusion.fusible(_mean_forward)
@@ -392,8 +404,8 @@ def _count(mask: Any, wide: str) -> Any:
 def _masked_forward(mask: Any, x: Any, *, axis: int, keepdims: bool, wide: str, output_dtype: str) -> Any:
     there = tf.where(tf.expand_dims(mask, 3 - axis), x, tf.zeros([], x.dtype))
     count = _count(mask, wide)
-    total = tf.reduce_sum(tf.cast(there, wide), axis, keepdims)
-    return tf.cast(total / (tf.expand_dims(count, 1) if keepdims else count), output_dtype)
+    y = fusion.total(tf.cast(there, wide), (axis,)) / tf.expand_dims(count, axis)
+    return tf.cast(y if keepdims else tf.squeeze(y, axis), output_dtype)
 
 
 def _masked_backward(mask: Any, upstream: Any, *, dtype: Any, axis: int, keepdims: bool, wide: str) -> Any:

@@ -65,7 +65,7 @@ class UnitNormalization(keras.layers.UnitNormalization):
 
 def _inverse_norm(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     """One over the norm, and whether the norm is long enough to divide by."""
-    inverse = tf.math.rsqrt(tf.reduce_sum(tf.square(x), axes, keepdims=True))
+    inverse = tf.math.rsqrt(fusion.total(tf.square(x), axes))
     return tf.minimum(inverse, 1 / _EPSILON), inverse < 1 / _EPSILON
 
 
@@ -80,7 +80,7 @@ def _unit_backward(x: Any, upstream: Any, *, axes: tuple[int, ...], dtype: str, 
     inverse, long = _inverse_norm(wide, axes)
     y = wide * inverse
     zero = tf.zeros([], dtype)
-    to_x = inverse * (g - tf.where(long, y * tf.reduce_sum(g * y, axes, keepdims=True), zero))
+    to_x = inverse * (g - tf.where(long, y * fusion.total(g * y, axes), zero))
     if x.dtype.size == 2:
         to_x = tf.where(long, to_x, zero)
     return tf.cast(to_x, x.dtype)
