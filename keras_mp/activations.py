@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_mp import backend, fusion
 
-__all__ = ["gelu", "log_softmax", "mish", "silu", "softmax", "softmax_of_16_bits"]
+__all__ = ["gelu", "log_softmax", "mish", "silu", "softmax", "softmax_in_one_pass"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -125,7 +125,7 @@ def softmax(x: Any, axis: int | None = -1) -> Any:
     axes = _axes(x, axis)
     if not _is_16_bit(x):
         return keras.activations.softmax(x, axis=axis)
-    return backend.with_logits(softmax_of_16_bits(x, axes=axes), x)
+    return softmax_in_one_pass(x, axes=axes)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -157,7 +157,7 @@ def log_softmax(x: Any, axis: int | None = -1) -> Any:
     axes = _axes(x, axis)
     if not _is_16_bit(x):
         return keras.activations.log_softmax(x, axis=axis)
-    return _log_softmax_of_16_bits(x, axes=axes)
+    return _log_softmax_in_one_pass(x, axes=axes)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -310,17 +310,17 @@ def _log_softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> An
 
 
 _softmax_operation = fusion.operation(_softmax_forward, _softmax_backward, keeps_output=True)
-_log_softmax_of_16_bits = fusion.operation(_log_softmax_forward, _log_softmax_backward)
+_log_softmax_in_one_pass = fusion.operation(_log_softmax_forward, _log_softmax_backward)
 
 
-def softmax_of_16_bits(x: Any, axes: tuple[int, ...]) -> Any:
-    """Softmax of 16-bit logits over one or several axes, computed in float32.
+def softmax_in_one_pass(x: Any, axes: tuple[int, ...]) -> Any:
+    """Softmax over one or several axes, computed in float32, of which only the answer is kept for the backward pass.
 
     Args:
-        x: float16 or bfloat16 logits of any shape.
+        x: float16, bfloat16 or float32 logits of any shape.
         axes: the axes that sum to one together, counted from the front.
 
     Returns:
-        Probabilities of the shape and dtype of `x`.
+        Probabilities of the shape and dtype of `x`, with the logits attached where Keras's losses look for them.
     """
-    return _softmax_operation(x, axes=axes)
+    return backend.with_logits(_softmax_operation(x, axes=axes), x)

@@ -298,7 +298,8 @@ def _logits(y_pred: Any, from_logits: bool, activation: str, loss: str) -> tuple
 def _per_example(values: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a loss of `values`, which gets tensors by position and settings by name, and casts the first to `dtype`.
 
-    Where the predictions are 16-bit, the backward pass keeps them and the labels and runs `values` again.
+    Where the predictions are 16-bit or XLA compiles it, the backward pass keeps them and the labels and runs `values`
+    again.
     """
 
     def to_predictions(*given: Any, **settings: Any) -> Any:
@@ -319,9 +320,9 @@ def _per_example(values: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(loss: Any, *inputs: Any, **settings: Any) -> Any:
         settings["dtype"] = loss._dtype_for_values
-        if not _is_16_bit(inputs[0]):
-            return values(*inputs, **settings)
         fused = fusion.pays(*inputs)
+        if not fused and not _is_16_bit(inputs[0]):
+            return values(*inputs, **settings)
 
         @tf.custom_gradient
         def with_gradient(*inputs: Any) -> Any:
@@ -376,7 +377,7 @@ _sparse_unchecked = _per_example(_sparse_values)
 
 
 def _sparse(loss: Any, y_pred: Any, labels: Any, *valid: Any, **settings: Any) -> Any:
-    if _is_16_bit(y_pred) and fusion.pays(y_pred, labels):
+    if fusion.pays(y_pred, labels):
         # TensorFlow's kernel refuses a label that is no class; what XLA makes of it would be a silent NaN.
         classes = tf.shape(y_pred, labels.dtype)[-1]
         tf.debugging.Assert(

@@ -324,9 +324,8 @@ _shared_of = fusion.fusible(_shared)
 
 
 def _mean(x: Any, axes: tuple[int, ...], keepdims: bool, output_dtype: str) -> Any:
-    if x.dtype.size > 2 or not x.dtype.is_floating:
-        y = tf.reduce_mean(tf.cast(x, windows.wide(x, output_dtype)), axes, keepdims)
-        return tf.cast(y, output_dtype)
+    if not x.dtype.is_floating:
+        x = tf.cast(x, windows.wide(x, output_dtype))
     known = all(n is not None for n in x.shape[1:])
     pooled = known and axes[0] == 1 and windows.takes_16_bits(x, output_dtype)
     fused = fusion.pays(x)

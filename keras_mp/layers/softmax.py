@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import activations
+from keras_mp import activations, fusion
 from keras_mp.errors import ArgumentError
 
 __all__ = ["Softmax"]
@@ -69,7 +69,8 @@ class Softmax(keras.layers.Softmax):
         if mask is not None:
             mask = _as_bool(mask, x)
             x = tf.where(mask, x, _lowest(x.dtype))
-        outputs = activations.softmax_of_16_bits(x, tuple(axes)) if x.dtype.size == 2 else _softmax(x, axes)
+        in_one_pass = x.dtype.size == 2 or (x.dtype.size == 4 and fusion.pays(x))
+        outputs = activations.softmax_in_one_pass(x, tuple(axes)) if in_one_pass else _softmax(x, axes)
         if mask is not None:
             outputs = tf.where(mask, outputs, tf.zeros([], outputs.dtype))  # a row that is masked altogether
         return outputs if outputs.dtype == self.compute_dtype else tf.cast(outputs, self.compute_dtype)
