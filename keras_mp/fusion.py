@@ -91,9 +91,9 @@ def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     if axes[0] == 0 and len(axes) > 1:
         return tf.reduce_sum(total(x, axes[1:]), 0, keepdims=True)  # shorter products are faster
     before, summed, after = sizes[: axes[0]], math.prod(sizes[axis] for axis in axes), sizes[axes[-1] + 1 :]
-    part = _part(summed)
-    if part != summed:
-        rows = total(tf.reshape(x, [*before, summed // part, part, *after]), (axes[0] + 1,))
+    parts = _parts(summed)
+    if parts > 1:
+        rows = total(tf.reshape(x, [*before, parts, summed // parts, *after]), (axes[0] + 1,))
         sums = tf.reduce_sum(rows, axes[0], keepdims=True)
     elif after:
         rows = tf.reshape(x, [math.prod(before), summed, math.prod(after)])
@@ -104,12 +104,12 @@ def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.reshape(sums, [1 if axis in axes else size for axis, size in enumerate(sizes)])
 
 
-def _part(size: Any) -> Any:
-    """How many elements one product should add up: adding many to a sum that is large already loses their digits."""
+def _parts(size: Any) -> int:
+    """How many sums to divide a sum into: adding to one that is large already loses the digits of what is added."""
     if not isinstance(size, int) or size <= _LONGEST_SUM:
-        return size
+        return 1
     part = next(part for part in range(_LONGEST_SUM, 0, -1) if size % part == 0)
-    return part if part >= _LONGEST_SUM // 16 else size
+    return size // part if part >= _LONGEST_SUM // 16 else 1
 
 
 def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
@@ -140,7 +140,8 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         axes: counted from the front.
     """
     last = x.shape.rank - 1
-    if _on_cpu.get() and axes == (last,) and x.shape[-1] % 8 == 0 and x.shape[-1] >= 128:
+    size = x.shape[-1] or 0
+    if _on_cpu.get() and axes == (last,) and size >= 128 and size % 8 == 0:
         x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
     return tf.reduce_max(x, axes, keepdims=True)
 
