@@ -1,8 +1,10 @@
 """Attention layers whose softmax is in float32 and whose memory holds no matrix of scores longer than it has to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_mp import fusion
@@ -84,7 +86,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def compute_output_spec(self, query: Any, value: Any, key: Any = None, **kwargs: Any) -> Any:
         """The output as a symbolic tensor."""
-        _check_mask(self, query, value, kwargs.get("attention_mask"), self.num_heads)
+        _check_call(self, query, value, self.num_heads, kwargs)
         return super().compute_output_spec(query, value, key, **kwargs)
 
     def call(
@@ -102,7 +104,9 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         use_causal_mask: bool = False,
     ) -> Any:
         """Attends; see the class for the arguments."""
-        _check_mask(self, query, value, attention_mask, self.num_heads)
+        masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        given = {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores}
+        _check_call(self, query, value, self.num_heads, masks | given)
         return super().call(
             query,
             value,
@@ -216,7 +220,7 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
     def compute_output_spec(self, query: Any, value: Any, key: Any = None, **kwargs: Any) -> Any:
         """The output as a symbolic tensor."""
         self.compute_output_shape(query.shape, value.shape, None if key is None else key.shape)
-        _check_mask(self, query, value, kwargs.get("attention_mask"), self.num_query_heads)
+        _check_call(self, query, value, self.num_query_heads, kwargs)
         return super().compute_output_spec(query, value, key, **kwargs)
 
     def call(
@@ -233,7 +237,9 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
         use_causal_mask: bool = False,
     ) -> Any:
         """Attends; see the class for the arguments."""
-        _check_mask(self, query, value, attention_mask, self.num_query_heads)
+        masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        given = {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores}
+        _check_call(self, query, value, self.num_query_heads, masks | given)
         # Without the masks that the tensors carry, which the projections would complain of.
         query, value = tf.identity(query), tf.identity(value)
         key = value if key is None else tf.identity(key)
@@ -287,6 +293,16 @@ class _SoftmaxOfScores(keras.layers.Layer):
         )
         return keras.tree.map_structure(lambda x: tf.cast(x, self.compute_dtype), answer)
 
+    def compute_output_spec(self, inputs: Any, mask: Any = None, **kwargs: Any) -> Any:
+        """The output as a symbolic tensor."""
+        self._validate_inputs(inputs, mask)
+        return super().compute_output_spec(inputs, mask, **kwargs)
+
+    def _validate_inputs(self, inputs: Any, mask: Any = None) -> None:
+        super()._validate_inputs(inputs, mask)
+        for name, x, each in zip(("query_mask", "value_mask"), inputs, mask or [], strict=False):
+            _check_mask(self, name, each, tuple(x.shape[:-1]), (len(x.shape) - 1,), "(batch, steps)")
+
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The query's shape with the value's features."""
         return (*input_shape[0][:-1], input_shape[1][-1])
@@ -296,8 +312,12 @@ class _SoftmaxOfScores(keras.layers.Layer):
         return [tf.cast(x, dtype) for x in inputs]
 
     def _apply_scores(self, scores: Any, value: Any, scores_mask: Any = None, training: bool = False) -> Any:
-        if scores_mask is not None and len(scores_mask.shape) == 2:
-            scores_mask = scores_mask[:, None, :]
+        if scores_mask is not None:
+            scores_mask = tf.cast(scores_mask, tf.bool)
+            scores_mask = scores_mask[:, None, :] if len(scores_mask.shape) == 2 else scores_mask
+        dtype = value.dtype
+        if dtype == tf.float16:  # whose gradient to the weights is a product that may leave float16
+            scores, value = tf.cast(scores, tf.float32), tf.cast(value, tf.float32)
         weights = Softmax(dtype=keras.backend.standardize_dtype(scores.dtype))(scores, mask=scores_mask)
         if scores_mask is not None:
             seen = tf.reduce_any(scores_mask, axis=-1, keepdims=True)
@@ -305,7 +325,7 @@ class _SoftmaxOfScores(keras.layers.Layer):
             weights = tf.where(seen, weights, even)
         if training and self.dropout > 0:
             weights = keras.random.dropout(weights, self.dropout, seed=self.seed_generator)
-        return tf.matmul(weights, value), weights
+        return tf.cast(tf.matmul(weights, value), dtype), tf.cast(weights, dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -394,7 +414,7 @@ class Attention(_SoftmaxOfScores, keras.layers.Attention):
         query, key, value = (x[:, :, None, :] for x in (query, key, value))
         scores = None
         if return_attention_scores:
-            outputs, scores = attend_with_scores(query, key, value, masks, **arguments)
+            outputs, scores = attend_with_scores(query, key, value, masks, scores_after_dropout=True, **arguments)
             scores = tf.cast(scores[:, 0], self.compute_dtype)
         else:
             outputs = attend(query, key, value, masks, **arguments)
@@ -405,6 +425,8 @@ class Attention(_SoftmaxOfScores, keras.layers.Attention):
 
     def _calculate_scores(self, query: Any, key: Any) -> Any:
         if self.score_mode == "dot":
+            if query.dtype == tf.float16:
+                query, key = tf.cast(query, tf.float32), tf.cast(key, tf.float32)
             scores = tf.matmul(query, key, transpose_b=True)
             return scores if self.scale is None else scores * tf.cast(self.scale, scores.dtype)
         scale = tf.ones([1]) if self.scale is None else tf.reshape(self.scale, [1])
@@ -527,24 +549,41 @@ def _masks(
     return Masks(use_causal_mask, window, query_mask, value_mask if key_mask is None else key_mask, pairs)
 
 
-def _check_mask(layer: Any, query: Any, value: Any, mask: Any, heads: int) -> None:
-    """Raises Keras's kind of error where the attention mask does not fit."""
-    if mask is None or len(query.shape) != 3:
+def _check_call(layer: Any, query: Any, value: Any, heads: int, call: dict[str, Any]) -> None:
+    """Raises Keras's kinds of errors where masks do not fit or blocks are asked for scores."""
+    if layer.flash_attention and call.get("return_attention_scores"):
+        raise ValueError(
+            "Returning attention scores is not supported when flash attention is enabled. Please disable flash "
+            "attention to access attention scores."
+        )
+    if len(query.shape) != 3:
         return
-    full = (query.shape[0], heads, query.shape[1], value.shape[1])
-    shape = tuple(mask.shape)
-    aligned = (shape[0], None, *shape[1:]) if len(shape) == 3 else shape
-    fits = 2 <= len(shape) <= 4 and all(
+    batch, steps, keys = query.shape[0], query.shape[1], value.shape[1]
+    for name, length in (("query_mask", steps), ("value_mask", keys), ("key_mask", keys)):
+        _check_mask(layer, name, call.get(name), (batch, length), (2,), "(batch, steps)")
+    words = "(batch, queries, keys) or (batch, heads, queries, keys)"
+    _check_mask(layer, "attention_mask", call.get("attention_mask"), (batch, heads, steps, keys), (2, 3, 4), words)
+
+
+def _check_mask(
+    layer: Any, name: str, mask: Any, full: tuple[int | None, ...], ranks: Sequence[int], words: str
+) -> None:
+    """Raises Keras's kind of error for a mask that is none, or does not broadcast to the shape `full`, in `words`."""
+    if mask is None:
+        return
+    mask = mask if hasattr(mask, "shape") else np.asarray(mask)
+    shape, kind = tuple(mask.shape), type(layer).__name__
+    if "string" in str(mask.dtype) or "<U" in str(mask.dtype):
+        raise TypeError(f"The `{name}` of {kind} must be boolean. Received: {name}.dtype={mask.dtype} (string)")
+    aligned = (shape[0], None, *shape[1:]) if len(shape) == 3 and len(full) == 4 else shape
+    if len(shape) in ranks and all(
         given in (None, 1) or expected is None or given == expected
         for given, expected in zip(aligned[::-1], full[::-1], strict=False)
+    ):
+        return
+    raise ValueError(
+        f"The `{name}` of {kind} must be broadcastable to {words}, here {full}. Received: {name}.shape={shape}"
     )
-    if not fits:
-        raise ValueError(
-            f"The `attention_mask` of {type(layer).__name__} must be broadcastable to (batch, queries, keys) or "
-            f"(batch, heads, queries, keys), here {(full[0], *full[2:])} or {full}. "
-            f"Received: attention_mask.shape={shape}, "
-            f"query.shape={tuple(query.shape)}, value.shape={tuple(value.shape)}"
-        )
 
 
 def _attend(
@@ -560,11 +599,6 @@ def _attend(
     return_attention_scores: bool,
 ) -> tuple[Any, Any]:
     """What the two layers of several heads do with projected query, key and value."""
-    if layer.flash_attention and return_attention_scores:
-        raise ValueError(
-            "Returning attention scores is not supported when flash attention is enabled. Please disable flash "
-            "attention to access attention scores."
-        )
     rate = float(dropout) if training else 0.0
     seed = tf.cast(layer._dropout_layer.seed_generator.next(), tf.int32) if rate else None
     if return_attention_scores:

@@ -102,15 +102,18 @@ def attend_with_scores(
     rate: float = 0.0,
     seed: Any = None,
     hidden_rows_average: bool = False,
+    scores_after_dropout: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The same in one block, with the probabilities before dropout, of shape (B, heads, T, S), as a second answer."""
+    """The same in one block, with the probabilities, of shape (B, heads, T, S), as a second answer."""
     heads = query.shape[2]
     outputs, seen, probabilities = _attend(query, key, value, masks, scale, rate, seed, with_scores=True)
     if seen is not None and hidden_rows_average:
-        even = tf.cast(1.0 / tf.cast(tf.shape(probabilities)[-1], tf.float32), probabilities.dtype)
+        even = tf.cast(1.0 / tf.cast(tf.shape(probabilities)[-1], _wide(probabilities.dtype)), probabilities.dtype)
         probabilities = tf.where(seen, probabilities, even)
     elif masks.query is not None:
         probabilities = tf.where(seen, probabilities, tf.zeros([], probabilities.dtype))
+    if rate and scores_after_dropout:  # the seed is that of the outputs, and so are those that are dropped
+        probabilities = _dropped(probabilities, seed, settings=_Settings(scale, False, None, rate))
     outputs = _join_heads(_without_hidden_rows(outputs, value, seen, hidden_rows_average))
     scores = tf.reshape(probabilities, [-1, heads, *(_size(probabilities, axis) for axis in (3, 4))])
     return outputs, tf.ensure_shape(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])
@@ -144,7 +147,7 @@ def _attend(
     outputs, log_sums, *scores = run(q, k, v, hides, settings, fusion.pays(query, key, value))
     seen = None
     if masks.may_hide_rows():
-        seen = tf.math.is_finite(log_sums)
+        seen = tf.not_equal(log_sums[..., 1:], -float("inf"))
         if masks.query is not None:
             seen &= masks.query[:, None, None, :, None]
     return outputs, seen, scores[0] if scores else None
@@ -245,9 +248,13 @@ def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:
         return rows, tf.ones([], _wide(rows.dtype))
     longest = tf.reduce_max(tf.norm(tf.cast(columns, tf.float32), axis=-1), axis=-1)[:, :, None, None, None]
     bound = tf.norm(tf.cast(rows, tf.float32), axis=-1, keepdims=True) * longest / 2.0**15
-    exponent = tf.math.ceil(tf.math.log(bound) / tf.math.log(2.0))
-    scale = tf.where(bound > 1.0, tf.pow(2.0, -exponent), 1.0)
-    return rows * tf.cast(scale, tf.float16), 1.0 / scale
+    factor = _power_of_two_above(bound)
+    return rows * tf.cast(1.0 / factor, tf.float16), factor
+
+
+def _power_of_two_above(x: Any) -> Any:
+    """The least that is not below `x` nor below 1."""
+    return tf.where(x > 1.0, tf.pow(2.0, tf.math.ceil(tf.math.log(x) / tf.math.log(2.0))), 1.0)
 
 
 # --- one block: from products to probabilities, and back --------------------------------------------------------------
@@ -256,7 +263,9 @@ def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:
 def _logits(products: Any, given: dict[str, Any], settings: _Settings) -> Any:
     """The products in float32, scaled, and -inf where they are hidden."""
     dtype = _wide(products.dtype)
-    logits = tf.cast(products, dtype) * (settings.scale * tf.cast(given["factor"], dtype))
+    logits = tf.cast(products, dtype) * settings.scale
+    if "factor" in given:
+        logits *= tf.cast(given["factor"], dtype)
     rows = given.get("first_row", 0) + tf.range(tf.shape(products)[3])[:, None]
     columns = given.get("first_column", 0) + tf.range(tf.shape(products)[4])[None, :]
     conditions = [given[name] for name in ("key_mask", "pair_mask", "query_mask") if name in given]
@@ -272,14 +281,17 @@ def _logits(products: Any, given: dict[str, Any], settings: _Settings) -> Any:
 
 
 def _softmax(logits: Any) -> tuple[Any, Any]:
-    """Probabilities of each row and the logarithm of its sum; zeros and -inf where all is hidden."""
+    """Probabilities of each row, zeros where all is hidden; its largest logit and the logarithm of its sum beside that.
+
+    As one number, the logarithm of the whole sum, the second would be lost beside a first that is large.
+    """
     rows = (logits.shape.rank - 1,)
     largest = fusion.largest(logits, rows)
     largest = tf.where(tf.equal(largest, -float("inf")), tf.zeros_like(largest), largest)
     exponentials = tf.exp(logits - largest)
     total = fusion.total(exponentials, rows)
     inverse = 1.0 / tf.where(tf.equal(total, 0.0), tf.ones_like(total), total)
-    return exponentials * inverse, largest + tf.math.log(total)
+    return exponentials * inverse, tf.concat([largest, tf.math.log(total)], -1)
 
 
 def _kept(p: Any, given: dict[str, Any], settings: _Settings) -> Any:
@@ -304,9 +316,11 @@ def _block_backward(
     `slopes` are the products of the upstream gradient with the values: the gradient to the probabilities.
     """
     given = dict(zip(names, tensors, strict=True))
-    logits, log_sum = _logits(products, given, settings), given["log_sum"]
-    p = tf.exp(logits - tf.where(tf.equal(log_sum, -float("inf")), tf.zeros_like(log_sum), log_sum))
-    g = tf.cast(slopes, p.dtype) * tf.cast(given["slope_factor"], p.dtype)
+    logits, sums = _logits(products, given, settings), given["log_sums"]
+    largest, log_total = sums[..., :1], sums[..., 1:]
+    log_total = tf.where(tf.equal(log_total, -float("inf")), tf.zeros_like(log_total), log_total)
+    p = tf.exp((logits - largest) - log_total)
+    g = tf.cast(slopes, p.dtype)
     kept = p
     if settings.rate:
         keep = _kept(p, given, settings)
@@ -341,7 +355,7 @@ def _from_probabilities(
         keep = _kept(wide, given, settings)
         g, dropped = g * keep, (tf.cast(wide * keep, p.dtype),)
     if "to_scores" in given:
-        g += tf.cast(given["to_scores"], wide.dtype)
+        g += tf.cast(given["to_scores"], wide.dtype) * tf.cast(given["score_factor"], wide.dtype)
     to_logits = wide * (g * fusion.total(wide, rows) - fusion.total(g * wide, rows))
     return tf.cast(settings.scale * to_logits, p.dtype), *dropped
 
@@ -370,14 +384,18 @@ def _at_once(
 
         def gradient(upstream: Any, _: Any, *to_scores: Any) -> Any:
             bounded, factor = _within_range(upstream, v)
-            given = (
-                seed | {"slope_factor": tf.stop_gradient(factor)} | dict(zip(["to_scores"], to_scores, strict=False))
-            )
+            # What goes to the products is at most twice the largest slope: shared out in two factors it fits 16 bits.
+            top = _power_of_two_above(2.0 * settings.scale * tf.reduce_max(factor)) if q.dtype == tf.float16 else 1.0
+            given = seed | {"slope_factor": tf.stop_gradient(factor / top)}
+            if to_scores:
+                given |= {"to_scores": to_scores[0], "score_factor": tf.stop_gradient(1.0 / tf.convert_to_tensor(top))}
             to_products, *dropped = _from_probabilities_of(fused)(
                 p, _products(bounded, v), *given.values(), names=tuple(given), settings=settings
             )
-            to_v = _gathered(dropped[0] if dropped else p, upstream)
-            return _weighted(to_products, k), _gathered(to_products, q), to_v
+            to_q, to_k = _weighted(to_products, k), _gathered(to_products, q)
+            if q.dtype == tf.float16:
+                to_q, to_k = (tf.cast(tf.cast(x, tf.float32) * top, tf.float16) for x in (to_q, to_k))
+            return to_q, to_k, _gathered(dropped[0] if dropped else p, upstream)
 
         return (_weighted(kept, v), log_sums, *([p] if with_scores else [])), gradient
 
@@ -399,7 +417,7 @@ def _in_blocks(q: Any, k: Any, v: Any, hides: dict[str, Any], settings: _Setting
             backward = functools.partial(_blocks_backward, blocks, outputs, log_sums, fused=fused)
             return _no_second_derivative(backward)(upstream)
 
-        return (blocks.joined_queries(outputs, v.shape[-1]), blocks.joined_queries(log_sums, 1)), gradient
+        return (blocks.joined_queries(outputs, v.shape[-1]), blocks.joined_queries(log_sums, 2)), gradient
 
     return attention(q, k, v)
 
@@ -437,8 +455,10 @@ class _Blocks:
         if "key_mask" in hides:
             self.key_mask = _cut(hides["key_mask"], 4, self.columns)
         if "pair_mask" in hides:
-            by_row = _cut(hides["pair_mask"], 3, self.rows) if hides["pair_mask"].shape[3] != 1 else None
-            self.pair_mask = hides["pair_mask"][None] if by_row is None else by_row
+            mask = hides["pair_mask"]
+            if mask.shape[3] is None:
+                mask = tf.broadcast_to(mask, tf.concat([tf.shape(mask)[:3], [self.length], tf.shape(mask)[4:]], 0))
+            self.pair_mask = _cut(mask, 3, self.rows) if mask.shape[3] != 1 else mask[None]
 
     def of_queries(self, x: Any) -> Any:
         """(B, G, R, T, D) to (row blocks, B, G, R, P, D)."""
@@ -476,7 +496,7 @@ class _Blocks:
         if self.key_mask is not None:
             given["key_mask"] = self.key_mask[column]
         if self.pair_mask is not None:
-            block = self.pair_mask[row if self.pair_mask.shape[0] != 1 else 0]
+            block = self.pair_mask[tf.minimum(row, tf.shape(self.pair_mask)[0] - 1)]
             given["pair_mask"] = _slice_last(block, column * self.columns, self.columns)
         if "seed" in self.hides:
             given["seed"] = tf.random.experimental.stateless_fold_in(
@@ -492,32 +512,27 @@ def _blocks_forward(blocks: _Blocks, fused: bool) -> tuple[Any, Any]:
     forward = _forward_of(fused)
 
     def one_row(row: Any, outputs: Any, log_sums: Any) -> Any:
-        q = blocks.q[row]
+        q = _exact(blocks.q[row])
 
-        def one_block(column: Any, output: Any, log_sum: Any) -> Any:
-            k, v = blocks.k[column], blocks.v[column]
-            bounded, factor = _within_range(q, k)
-            given = blocks.given(row, column) | {"factor": factor}
-            p, log_part = forward(_products(bounded, k), *given.values(), names=tuple(given), settings=blocks.settings)
-            part = tf.cast(_weighted(p, v), wide)
-            total = tf.maximum(log_sum, log_part) + tf.math.log1p(tf.exp(-tf.abs(log_sum - log_part)))
-            total = tf.where(tf.math.is_finite(total), total, tf.maximum(log_sum, log_part))
-            finite = tf.where(tf.equal(total, -float("inf")), tf.zeros_like(total), total)
-            output = output * tf.exp(log_sum - finite) + part * tf.exp(log_part - finite)
-            return column + 1, output, total
+        def one_block(column: Any, output: Any, sums_before: Any) -> Any:
+            k, v = _exact(blocks.k[column]), _exact(blocks.v[column])
+            given = blocks.given(row, column)
+            p, sums_now = forward(_products(q, k), *given.values(), names=tuple(given), settings=blocks.settings)
+            share_before, share_now, sums = _joined_sums(sums_before, sums_now)
+            return column + 1, output * share_before + tf.cast(_weighted(p, v), wide) * share_now, sums
 
         first, last = blocks.columns_seen(row)
         output = tf.zeros(shape[1:], wide)
-        log_sum = tf.fill(tf.concat([shape[1:-1], [1]], 0), tf.constant(-float("inf"), wide))
-        _, output, log_sum = _loop(one_block, first, last, output, log_sum)
-        return row + 1, _put(outputs, row, tf.cast(output, outputs.dtype)), _put(log_sums, row, log_sum)
+        sums = tf.fill(tf.concat([shape[1:-1], [2]], 0), tf.constant(-float("inf"), wide))
+        _, output, sums = _loop(one_block, first, last, output, sums)
+        return row + 1, _put(outputs, row, tf.cast(output, outputs.dtype)), _put(log_sums, row, sums)
 
     _, outputs, log_sums = _loop(
         one_row,
         tf.constant(0),
         tf.convert_to_tensor(blocks.row_blocks),
         tf.zeros(shape, blocks.v.dtype),
-        tf.zeros(tf.concat([shape[:-1], [1]], 0), wide),
+        tf.zeros(tf.concat([shape[:-1], [2]], 0), wide),
     )
     return outputs, log_sums
 
@@ -530,20 +545,14 @@ def _blocks_backward(blocks: _Blocks, outputs: Any, log_sums: Any, upstream: Any
     backward = _backward_of(fused)
 
     def one_row(row: Any, to_q: Any, to_k: Any, to_v: Any) -> Any:
-        q, g = blocks.q[row], pulled[row]
-        of_row = {"log_sum": log_sums[row], "average": averages[row]}
+        q, g = _exact(blocks.q[row]), _exact(pulled[row])
+        of_row = {"log_sums": log_sums[row], "average": averages[row]}
 
         def one_block(column: Any, to_row: Any, to_k: Any, to_v: Any) -> Any:
-            k, v = blocks.k[column], blocks.v[column]
-            bounded_q, factor = _within_range(q, k)
-            bounded_g, slope_factor = _within_range(g, v)
-            given = blocks.given(row, column) | of_row | {"factor": factor, "slope_factor": slope_factor}
+            k, v = _exact(blocks.k[column]), _exact(blocks.v[column])
+            given = blocks.given(row, column) | of_row
             p, to_products = backward(
-                _products(bounded_q, k),
-                _products(bounded_g, v),
-                *given.values(),
-                names=tuple(given),
-                settings=blocks.settings,
+                _products(q, k), _products(g, v), *given.values(), names=tuple(given), settings=blocks.settings
             )
             to_row += tf.cast(_weighted(to_products, k), wide)
             to_k = _add(to_k, column, tf.cast(_gathered(to_products, q), wide))
@@ -567,6 +576,24 @@ def _blocks_backward(blocks: _Blocks, outputs: Any, log_sums: Any, upstream: Any
         tf.cast(blocks.joined_keys(to_k, blocks.k.shape[-1]), blocks.k.dtype),
         tf.cast(blocks.joined_keys(to_v, blocks.v.shape[-1]), blocks.v.dtype),
     )
+
+
+def _joined_sums(before: Any, now: Any) -> tuple[Any, Any, Any]:
+    """The shares of what was there before and of a block in both together, and the sums of both; see `_softmax`."""
+    nothing = tf.constant(-float("inf"), before.dtype)
+    largest = tf.maximum(
+        *(tf.where(tf.equal(sums[..., 1:], nothing), nothing, sums[..., :1]) for sums in (before, now))
+    )
+    largest = tf.where(tf.equal(largest, nothing), tf.zeros_like(largest), largest)
+    parts = [tf.exp((sums[..., :1] - largest) + sums[..., 1:]) for sums in (before, now)]
+    total = parts[0] + parts[1]
+    inverse = 1.0 / tf.where(tf.equal(total, 0.0), tf.ones_like(total), total)
+    return parts[0] * inverse, parts[1] * inverse, tf.concat([largest, tf.math.log(total)], -1)
+
+
+def _exact(x: Any) -> Any:
+    """A block in a dtype whose range no product leaves, nor a sum of some blocks that others would cancel."""
+    return tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
 
 
 def _loop(body: Any, first: Any, last: Any, *state: Any) -> Any:
