@@ -133,6 +133,8 @@ WORKLOADS = [
     ),
     _layer("Attention", (16, 512, 128), (16, 512, 128), call=_of_list, use_scale=True),
     _layer("AdditiveAttention", (4, 64, 128), (4, 64, 128), call=_of_list),
+    _layer("LSTM", (16, 128, 256), units=256),
+    _layer("GRU", (16, 128, 256), units=256),
     _layer("GlobalAveragePooling1D", SEQUENCE),
     _layer("GlobalAveragePooling1D", SEQUENCE, name="GlobalAveragePooling1D, masked", call=_masked, masks=1),
     _layer("GlobalAveragePooling2D", IMAGE),

@@ -14,12 +14,25 @@ from keras_mp.layers.pooling import (
     GlobalAveragePooling2D,
     GlobalAveragePooling3D,
 )
+from keras_mp.layers.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    SimpleRNN,
+    SimpleRNNCell,
+    StackedRNNCells,
+)
 from keras_mp.layers.resizing import Resizing, UpSampling2D
 from keras_mp.layers.softmax import Softmax
 from keras_mp.layers.spectral_normalization import SpectralNormalization
 from keras_mp.layers.unit_normalization import UnitNormalization
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AdditiveAttention",
     "Attention",
     "AveragePooling1D",
@@ -27,19 +40,24 @@ __all__ = [
     "AveragePooling3D",
     "BatchNormalization",
     "Float32",
+    "GRUCell",
     "GlobalAveragePooling1D",
     "GlobalAveragePooling2D",
     "GlobalAveragePooling3D",
     "GroupNormalization",
     "GroupedQueryAttention",
     "Head",
+    "LSTMCell",
     "LayerNormalization",
     "MultiHeadAttention",
     "Normalization",
     "RMSNormalization",
     "Resizing",
+    "SimpleRNN",
+    "SimpleRNNCell",
     "Softmax",
     "SpectralNormalization",
+    "StackedRNNCells",
     "UnitNormalization",
     "UpSampling2D",
 ]
