@@ -352,13 +352,14 @@ def test_bidirectional(name, merge_mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"dropout": 0.5}, {"recurrent_dropout": 0.5}, {"dropout": 0.5, "implementation": 1, "use_cudnn": False}],
+    ("name", "arguments"),
+    [
+        *((name, {key: 0.5}) for name in NAMES for key in ("dropout", "recurrent_dropout")),
+        # SimpleRNN has one gate, and so one implementation.
+        *((name, {"dropout": 0.5, "implementation": 1, "use_cudnn": False}) for name in ("LSTM", "GRU")),
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_dropout_is_that_of_keras_for_the_same_seed(name, arguments):
-    if name == "SimpleRNN" and "implementation" in arguments:
-        pytest.skip("SimpleRNN has one gate")
     x = np.random.normal(size=(3, 6, 4)).astype("float32")
     stock, ours = (getattr(of, name)(5, seed=7, **arguments) for of in (keras.layers, layers))
     for each in (stock, ours):
