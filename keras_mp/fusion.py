@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend
@@ -40,7 +41,7 @@ def pays(*tensors: tf.Tensor) -> bool:
         not tf.executing_eagerly()
         and backend.recording()
         and not backend.in_xla_context()
-        and all(size is not None for tensor in tensors for size in tensor.shape[1:])
+        and all(tensor.shape.rank is not None and None not in tensor.shape[1:].as_list() for tensor in tensors)
     )
 
 
@@ -71,7 +72,15 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
             _on_cpu.reset(token)
 
     compiled = tf.function(traced, jit_compile=True, autograph=False)
-    return lambda fused: compiled if fused else function
+
+    def called(*tensors: Any, **settings: Any) -> Any:
+        # The gradient of `tf.cond` finds what a compiled function gets from a branch only through an identity.
+        tensors = tuple(tf.identity(tensor) for tensor in tensors)
+        # `tf.function` would make tensors of NumPy's numbers.
+        numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+        return compiled(*tensors, **numbers)
+
+    return lambda fused: called if fused else function
 
 
 def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:

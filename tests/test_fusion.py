@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mp import fusion
+from keras_mp import activations, fusion, layers
 
 REDUCTIONS = {"total": (fusion.total, np.sum), "mean": (fusion.mean, np.mean), "largest": (fusion.largest, np.max)}
 SHAPES = {
@@ -53,10 +53,61 @@ def test_a_long_sum_of_large_numbers_keeps_its_digits():
 
 def test_sums_in_a_compiled_step_are_products_with_ones():
     """What makes them fast on a CPU; without it the benchmarks would show it, and no other test."""
-    run = fusion.fusible(lambda x: fusion.total(tf.exp(x), (1,)))(True)
-    assert " dot(" in run.experimental_get_compiler_ir(tf.ones([8, 512]))(stage="hlo")
-    whole = tf.function(lambda x: fusion.total(tf.exp(x), (1,)), jit_compile=True)  # as for TPU and GPU
-    assert " dot(" not in whole.experimental_get_compiler_ir(tf.ones([8, 512]))(stage="hlo")
+
+    def operations(function):
+        graph = tf.function(function).get_concrete_function(tf.TensorSpec([8, 512])).graph.as_graph_def()
+        return {node.op for part in graph.library.function for node in part.node_def} | {n.op for n in graph.node}
+
+    total = lambda x: fusion.total(tf.exp(x), (1,))  # noqa: E731
+    assert {"MatMul", "BatchMatMulV2"} & operations(fusion.fusible(total)(True))
+    assert not {"MatMul", "BatchMatMulV2"} & operations(total)  # as for TPU and GPU
+
+
+LAYERS = {
+    "LayerNormalization": lambda: layers.LayerNormalization(epsilon=np.float64(1e-3)),  # a NumPy number is one, too
+    "GroupNormalization": lambda: layers.GroupNormalization(2),
+    "Softmax": layers.Softmax,
+    "attention": lambda: layers.Attention(),
+    "gelu": lambda: activations.gelu,
+}
+
+
+@pytest.mark.parametrize("branch", ["cond", "switch_case"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_steps_inside_a_branch(name, branch):
+    """As for a layer that is sometimes left out."""
+    layer = LAYERS[name]()
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 6, 4)), "float32")
+
+    def run(x):
+        x = 2 * x  # an input that the branch has computed itself
+        return layer([x, x]) if name == "attention" else layer(x)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            if branch == "cond":
+                y = tf.cond(tf.reduce_sum(tf.abs(x)) > 0, lambda: run(x), lambda: 0 * run(x))
+            else:
+                y = tf.switch_case(tf.cast(tf.reduce_sum(tf.abs(x)) > 0, "int32"), [lambda: 0 * run(x), lambda: run(x)])
+            loss = tf.reduce_sum(tf.sin(y))
+        return tape.gradient(loss, x)
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(tf.sin(run(x)))
+    np.testing.assert_allclose(tf.function(step)(x), tape.gradient(loss, x), atol=1e-5)
+
+
+def test_tensors_of_unknown_rank():
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = activations.silu(x)
+        return tape.gradient(y, x)
+
+    np.testing.assert_allclose(step(tf.zeros([2, 3])), np.full((2, 3), 0.5))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["", "XLA"])

@@ -171,16 +171,15 @@ def _without_hidden_rows(outputs: Any, value: Any, seen: Any, average: bool) -> 
 def _split_heads(query: Any, groups: int) -> Any:
     """(B, T, heads, D) to (B, G, R, T, D)."""
     _, length, heads, features = query.shape
-    shape = [-1, _size(query, 1), groups, heads // groups, features]
+    shape = [_size(query, 0), _size(query, 1), groups, heads // groups, features]
     return tf.transpose(_set_size(tf.reshape(query, shape), 1, length), [0, 2, 3, 1, 4])
 
 
 def _join_heads(outputs: Any) -> Any:
     """(B, G, R, T, D) to (B, T, heads, D)."""
     _, groups, repeats, length, features = outputs.shape
-    joined = tf.reshape(
-        tf.transpose(outputs, [0, 3, 1, 2, 4]), [-1, _size(outputs, 3), groups * repeats, _size(outputs, 4)]
-    )
+    shape = [_size(outputs, 0), _size(outputs, 3), groups * repeats, _size(outputs, 4)]
+    joined = tf.reshape(tf.transpose(outputs, [0, 3, 1, 2, 4]), shape)
     return tf.ensure_shape(joined, [outputs.shape[0], length, groups * repeats, features])
 
 
@@ -229,13 +228,13 @@ def _gathered(p: Any, x: Any) -> Any:
 
 def _rows(x: Any) -> Any:
     """(B, G, R, P, D) to (B, G, R * P, D)."""
-    shape = [-1, x.shape[1], _size(x, 3) * x.shape[2], _size(x, 4)]
+    shape = [_size(x, 0), x.shape[1], _size(x, 3) * x.shape[2], _size(x, 4)]
     return tf.reshape(x, shape)
 
 
 def _per_group(function: Any, x: Any) -> Any:
     y = function(_rows(x))
-    return tf.reshape(y, [-1, x.shape[1], x.shape[2], _size(x, 3), _size(y, 3)])
+    return tf.reshape(y, [_size(x, 0), x.shape[1], x.shape[2], _size(x, 3), _size(y, 3)])
 
 
 def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:

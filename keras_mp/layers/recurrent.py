@@ -313,8 +313,7 @@ class _WideStates:
             initial_state = [initial_state]
         initial_state = _map_states(self.cell, list(initial_state), keras.ops.cast)
         sequences = tf.cast(sequences, self.compute_dtype)
-        if isinstance(mask, (list, tuple)):
-            mask = mask[0]
+        mask = _checked_mask(mask[0] if isinstance(mask, (list, tuple)) else mask, sequences)
 
         # The random masks are drawn before the loop, once for all steps.
         self._maybe_config_dropout_masks(self.cell, sequences[:, 0, :], initial_state)
@@ -601,6 +600,21 @@ def _sizes(x: Any) -> list[Any]:
     return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape)]
 
 
+def _checked_mask(mask: Any, sequences: Any) -> Any:
+    """The mask, of shape (batch, steps), or an error where it is not of the steps."""
+    if mask is None:
+        return None
+    mask = tf.convert_to_tensor(mask)
+    if mask.shape.rank == 3 and mask.shape[2] == 1:  # as Keras's loop takes it, too
+        mask = tf.squeeze(mask, 2)
+    if not mask.shape.is_compatible_with(sequences.shape[:2]):
+        raise ValueError(
+            f"The `mask` must be of shape (batch_size, steps), here {tuple(sequences.shape[:2])}. "
+            f"Received: sequences.shape={tuple(sequences.shape)}, mask.shape={tuple(mask.shape)}"
+        )
+    return mask
+
+
 def _zero_unless(there: Any, x: Any) -> Any:
     return tf.where(there, x, tf.zeros([], x.dtype))
 
@@ -670,7 +684,6 @@ def _recurrence(
         Tensor of shape (steps, batch, units) in the dtype of `x`, or None, and the last states.
     """
     steps, batch, _ = _sizes(x)
-    masks = () if mask is None else (_unstacked(mask),)
     units = kernel.shape[0]
     count = len(states)
 
@@ -683,7 +696,7 @@ def _recurrence(
         states, bias = others[:count], others[count:]
         dtype = states[0].dtype
         rounded = tf.cast(kernel, x.dtype)
-        inputs = _unstacked(x)
+        inputs, masks = _unstacked(x), () if mask is None else (_unstacked(mask),)
 
         def body(step: Any, sums_kept: Any, outputs: Any, others_kept: Any, *states: Any) -> Any:
             # The state that the kernel multiplies is what the outputs hold of it.
@@ -710,10 +723,14 @@ def _recurrence(
         )
         outputs = outputs.stack()
         before = outputs[:-1]
+        # Tensors, as an array can neither be saved with the gradient of an exported model, nor go from eager code into
+        # the graph in which TensorFlow computes a Jacobian.
+        all_sums, *all_before = sums_kept.stack(), before, *(each.stack() for each in others_kept)
 
         def gradient(*upstream: Any) -> Any:
             to_outputs = (_unstacked(upstream[0]),) if return_sequences else ()
-            befores = [_unstacked(before), *others_kept]
+            sums_kept, befores = _unstacked(all_sums), [_unstacked(each) for each in all_before]
+            masks = () if mask is None else (_unstacked(mask),)
 
             def back(number: Any, to_x: Any, to_r: Any, to_bias: Any, *to_states: Any) -> Any:
                 step = steps - 1 - number

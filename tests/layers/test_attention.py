@@ -598,3 +598,15 @@ def test_arguments_are_refused_in_the_words_of_keras():
         for make in KINDS.values():
             with pytest.raises(ValueError, match="`sliding_window` must be `None` or a positive integer"):
                 make(layers, sliding_window=0)()
+
+
+def test_texts_of_no_steps():
+    x = np.zeros((4, 0, 8), "float32")
+    assert layers.GroupedQueryAttention(4, 4, 2)(x, x).shape == (4, 0, 8)
+    assert layers.MultiHeadAttention(2, 4)(x, x).shape == (4, 0, 8)
+
+
+def test_a_mask_that_is_a_list():
+    layer, x = layers.MultiHeadAttention(2, 4), np.random.normal(size=(1, 3, 8)).astype("float32")
+    mask = [[[True, False, True]] * 3]
+    np.testing.assert_array_equal(layer(x, x, attention_mask=mask), layer(x, x, attention_mask=np.array(mask)))

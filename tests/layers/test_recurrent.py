@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_mp
 from keras_mp import layers
 from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
 
@@ -470,3 +471,36 @@ def test_what_is_no_cell(of):
     make = layers.RNN if of == "layers" else lambda cell: layers.StackedRNNCells([cell])
     with pytest.raises(ValueError, match="call"):
         make(object())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"unroll": True}, {"return_sequences": True}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_export(name, arguments, tmp_path):
+    model = keras.Sequential([keras.Input((6, 4)), getattr(layers, name)(3, dtype="mixed_bfloat16", **arguments)])
+    keras_mp.export(model, tmp_path / name)  # which loads it without Keras and compares
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jacobian_in_eager_code(name):
+    stock, ours = (getattr(of, name)(3) for of in (keras.layers, layers))
+    for each in (stock, ours):
+        each.build((2, 5, 4))
+    ours.set_weights(stock.get_weights())
+    x = tf.constant(np.random.normal(size=(2, 5, 4)), "float32")
+    results = []
+    for each in (stock, ours):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = each(x)
+        results.append(tape.jacobian(y, x))
+    assert_close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_with_an_axis_for_the_features(name):
+    layer, x = getattr(layers, name)(3), np.random.normal(size=(2, 5, 4)).astype("float32")
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    np.testing.assert_array_equal(layer(x, mask=mask[..., None]), layer(x, mask=mask))
+    for wrong in (mask[:, :4], mask[:1], mask[0]):
+        with pytest.raises(ValueError, match=r"The `mask` must be of shape \(batch_size, steps\), here \(2, 5\)"):
+            layer(x, mask=wrong)
