@@ -38,8 +38,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             several axes the matrix of scores is held as a whole.
         flash_attention: bool, whether to compute in blocks: True always, False never, None from 1,024 steps on.
             Defaults to None. Blocks allow dropout here, but no second derivatives.
-        **kwargs: `sliding_window`, `use_gate`, `seed` (with and without XLA it drops others), the initializers, regularizers and constraints of Keras's layer,
-            `name` and `dtype`.
+        **kwargs: `sliding_window`, `use_gate`, `seed` (with and without XLA it drops others), the initializers,
+            regularizers and constraints of Keras's layer, `name` and `dtype`.
 
     Call arguments:
         query: tensor of shape `(B, T, dim)`.
@@ -173,8 +173,8 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
         use_bias: bool, whether the projections add biases. Defaults to True.
         flash_attention: bool, whether to compute in blocks: True always, False never, None from 1,024 steps on.
             Defaults to None. Blocks allow dropout here, but no second derivatives.
-        **kwargs: `sliding_window`, `use_gate`, `seed` (with and without XLA it drops others), the initializers, regularizers and constraints of Keras's layer,
-            `name` and `dtype`.
+        **kwargs: `sliding_window`, `use_gate`, `seed` (with and without XLA it drops others), the initializers,
+            regularizers and constraints of Keras's layer, `name` and `dtype`.
 
     Call arguments:
         query: tensor of shape `(B, T, dim)`.

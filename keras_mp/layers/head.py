@@ -16,11 +16,11 @@ class Head(keras.layers.Dense):
     """A dense layer for the output of a model, that answers in float32 whatever the dtype policy is.
 
     A drop-in for `keras.layers.Dense`, with the same arguments and weights. Keras files weights under the name of the
-    class, so those of a `Dense` come over by `head.set_weights(dense.get_weights())`, not from a file. Under a mixed policy the kernel and the
-    inputs are rounded to 16 bits, as in `Dense`; their products are summed in float32 and the sum is not rounded. So
-    logits above 65504 stay finite in float16, and classes that bfloat16 cannot tell apart do not tie. Bias and
-    activation, a softmax for one, are computed in float32. The backward pass multiplies 16-bit numbers and keeps no
-    float32 copy of the inputs.
+    class, so those of a `Dense` come over by `head.set_weights(dense.get_weights())`, not from a file. Under a mixed
+    policy the kernel and the inputs are rounded to 16 bits, as in `Dense`; their products are summed in float32 and the
+    sum is not rounded. So logits above 65504 stay finite in float16, and classes that bfloat16 cannot tell apart do not
+    tie. Bias and activation, a softmax for one, are computed in float32. The backward pass multiplies 16-bit numbers
+    and keeps no float32 copy of the inputs.
 
     Args:
         units: int, the size of the last axis of the output.
