@@ -309,7 +309,12 @@ def _log_softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> An
     return tf.cast(g - _softmax_in_float32(x, axes) * fusion.total(g, axes), x.dtype)
 
 
+def _softmax_by_kernel(x: Any, *, axes: tuple[int, ...]) -> Any:
+    return tf.nn.softmax(x, axes[0])
+
+
 _softmax_operation = fusion.operation(_softmax_forward, _softmax_backward, keeps_output=True)
+_softmax_of_float32 = fusion.operation(_softmax_by_kernel, _softmax_backward, keeps_output=True, compiles_forward=False)
 _log_softmax_in_one_pass = fusion.operation(_log_softmax_forward, _log_softmax_backward)
 
 
@@ -323,4 +328,5 @@ def softmax_in_one_pass(x: Any, axes: tuple[int, ...]) -> Any:
     Returns:
         Probabilities of the shape and dtype of `x`, with the logits attached where Keras's losses look for them.
     """
-    return backend.with_logits(_softmax_operation(x, axes=axes), x)
+    by_kernel = x.dtype == tf.float32 and len(axes) == 1
+    return backend.with_logits((_softmax_of_float32 if by_kernel else _softmax_operation)(x, axes=axes), x)

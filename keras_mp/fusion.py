@@ -156,7 +156,10 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
 
 
 def operation(
-    forward: Callable[..., Any], backward: Callable[..., Any], keeps_output: bool = False
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    keeps_output: bool = False,
+    compiles_forward: bool = True,
 ) -> Callable[..., Any]:
     """Makes one operation of a function and its gradient, that keeps nothing but its inputs for the backward pass.
 
@@ -166,6 +169,7 @@ def operation(
             a gradient for each tensor (None for integers).
         keeps_output: whether to keep what `forward` answers, one tensor, instead: `backward` gets that and its
             gradient.
+        compiles_forward: whether XLA may compile `forward`, too; not where TensorFlow's own kernel is faster.
 
     Returns:
         A function with the arguments of `forward`, compiled by XLA where `pays` says so.
@@ -187,7 +191,7 @@ def operation(
 
         @tf.custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
-            outputs = forward_of(fused)(*inputs, **settings)
+            outputs = forward_of(fused and compiles_forward)(*inputs, **settings)
             kept = (outputs,) if keeps_output else inputs
 
             def gradient(*upstream: tf.Tensor) -> Any:

@@ -134,7 +134,7 @@ def _attend(
     """The outputs (B, G, R, T, D), whether each query sees a key (None where all do), and the scores or None."""
     heads, groups = query.shape[2], key.shape[2]
     q = _split_heads(query, groups)
-    k, v = (tf.transpose(x, [0, 2, 1, 3]) for x in (key, value))
+    k, v = _swapped(key), _swapped(value)
     settings = _Settings(scale, masks.causal, masks.window, rate)
     hides = {}
     if masks.key is not None:
@@ -168,19 +168,27 @@ def _without_hidden_rows(outputs: Any, value: Any, seen: Any, average: bool) -> 
 # --- heads ----------------------------------------------------------------------------------------------------------
 
 
+def _swapped(x: Any) -> Any:
+    """(B, T, N, D) to (B, N, T, D), and back."""
+    if 1 in (x.shape[1], x.shape[2]):  # nothing changes its place
+        shape = [_size(x, axis) for axis in (0, 2, 1, 3)]
+        return tf.ensure_shape(tf.reshape(x, shape), [x.shape[axis] for axis in (0, 2, 1, 3)])
+    return tf.transpose(x, [0, 2, 1, 3])
+
+
 def _split_heads(query: Any, groups: int) -> Any:
     """(B, T, heads, D) to (B, G, R, T, D)."""
-    _, length, heads, features = query.shape
-    shape = [_size(query, 0), _size(query, 1), groups, heads // groups, features]
-    return tf.transpose(_set_size(tf.reshape(query, shape), 1, length), [0, 2, 3, 1, 4])
+    x = _swapped(query)
+    shape = [_size(x, 0), groups, x.shape[1] // groups, _size(x, 2), x.shape[3]]
+    return tf.ensure_shape(tf.reshape(x, shape), [x.shape[0], *shape[1:3], x.shape[2], x.shape[3]])
 
 
 def _join_heads(outputs: Any) -> Any:
     """(B, G, R, T, D) to (B, T, heads, D)."""
     _, groups, repeats, length, features = outputs.shape
-    shape = [_size(outputs, 0), _size(outputs, 3), groups * repeats, _size(outputs, 4)]
-    joined = tf.reshape(tf.transpose(outputs, [0, 3, 1, 2, 4]), shape)
-    return tf.ensure_shape(joined, [outputs.shape[0], length, groups * repeats, features])
+    shape = [_size(outputs, 0), groups * repeats, _size(outputs, 3), _size(outputs, 4)]
+    x = tf.ensure_shape(tf.reshape(outputs, shape), [outputs.shape[0], groups * repeats, length, features])
+    return _swapped(x)
 
 
 def _split_mask(mask: Any, heads: int, groups: int) -> Any:
