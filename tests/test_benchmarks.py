@@ -1,9 +1,11 @@
 """The harness's arithmetic and its tables; no time is asserted here."""
 
+import doctest
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import aot, attention, harness, layers, optimizer
+from benchmarks import aot, attention, harness, layers, optimizer, summary
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -325,3 +327,10 @@ def test_the_barrier_changes_no_number():
     y, gradient = triple(tf.constant([1.0, -2.0]))
     assert y.numpy().tolist() == [3.0, -6.0]
     assert gradient.numpy().tolist() == [3.0, 3.0]
+
+
+def test_the_table_of_the_readme():
+    assert doctest.testmod(summary).failed == 0
+    results = json.loads(summary.RESULTS.read_text())
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert "\n".join(summary.rows(results)) in readme, "python -m benchmarks.summary prints what the README is to hold"
