@@ -112,8 +112,10 @@ def attend_with_scores(
         probabilities = tf.where(seen, probabilities, even)
     elif masks.query is not None:
         probabilities = tf.where(seen, probabilities, tf.zeros([], probabilities.dtype))
-    if rate and scores_after_dropout:  # the seed is that of the outputs, and so are those that are dropped
-        probabilities = _dropped(probabilities, seed, settings=_Settings(scale, False, None, rate))
+    if rate and scores_after_dropout:
+        # Those that the outputs are without: of one seed, XLA makes other numbers than TensorFlow.
+        drop = _dropped_of(fusion.pays(query, key, value))
+        probabilities = drop(probabilities, seed, settings=_Settings(scale, False, None, rate))
     outputs = _join_heads(_without_hidden_rows(outputs, value, seen, hidden_rows_average))
     scores = tf.reshape(probabilities, [-1, heads, *(_size(probabilities, axis) for axis in (3, 4))])
     return outputs, tf.ensure_shape(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])

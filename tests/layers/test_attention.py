@@ -610,3 +610,20 @@ def test_a_mask_that_is_a_list():
     layer, x = layers.MultiHeadAttention(2, 4), np.random.normal(size=(1, 3, 8)).astype("float32")
     mask = [[[True, False, True]] * 3]
     np.testing.assert_array_equal(layer(x, x, attention_mask=mask), layer(x, x, attention_mask=np.array(mask)))
+
+
+def test_scores_after_dropout_are_those_of_the_outputs_in_a_training_step():
+    """XLA draws other numbers for a seed than TensorFlow: both have to be dropped on the same side."""
+    layer = layers.Attention(dropout=0.5, seed=1)
+    query = tf.constant(np.random.normal(size=(2, 8, 8)), "float32")
+    identity = tf.eye(8, batch_shape=[2])  # as values: the outputs are the probabilities that were used
+
+    @tf.function
+    def step(query):
+        with tf.GradientTape() as tape:
+            tape.watch(query)
+            outputs, scores = layer([query, identity], training=True, return_attention_scores=True)
+        return outputs, scores, tape.gradient(outputs, query)
+
+    outputs, scores, _ = step(query)
+    np.testing.assert_allclose(scores, outputs, atol=1e-6)
