@@ -1,6 +1,7 @@
 """Activations that compute in float32 what 16 bits would round at every step, and answer in the dtype they get.
 
-Each keeps only its 16-bit input for the backward pass and is compiled by XLA to one pass over memory where that pays.
+Each keeps only its 16-bit input, or output, for the backward pass and is compiled by XLA to one pass over memory where
+that pays.
 """
 
 from collections.abc import Callable

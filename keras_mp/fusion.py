@@ -1,4 +1,4 @@
-"""Functions of tensors that XLA compiles to one pass over memory where that pays, with gradients that keep only inputs.
+"""Functions of tensors that XLA compiles to one pass over memory where that pays, with gradients that keep little.
 
 A chain of elementwise operations and reductions reads and writes memory once an operation, and in bfloat16 on a CPU
 converts to float32 and back in each. Compiled by XLA it does so once. Matrix products and convolutions stay outside:
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -96,7 +97,7 @@ def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """
     if not _on_cpu.get() or not axes or tuple(axes) != tuple(range(axes[0], axes[-1] + 1)):
         return tf.reduce_sum(x, axes, keepdims=True)
-    sizes = [_size(x, axis) for axis in range(x.shape.rank)]
+    sizes = keras.ops.shape(x)
     if axes[0] == 0 and len(axes) > 1:
         return tf.reduce_sum(total(x, axes[1:]), 0, keepdims=True)  # shorter products are faster
     before, summed, after = sizes[: axes[0]], math.prod(sizes[axis] for axis in axes), sizes[axes[-1] + 1 :]
@@ -130,12 +131,8 @@ def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """
     if not _on_cpu.get():
         return tf.reduce_mean(x, axes, keepdims=True)
-    return total(x, axes) / tf.cast(math.prod(_size(x, axis) for axis in axes), x.dtype)
-
-
-def _size(x: tf.Tensor, axis: int) -> Any:
-    """The size of an axis, as an int where it is known."""
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+    sizes = keras.ops.shape(x)
+    return total(x, axes) / tf.cast(math.prod(sizes[axis] for axis in axes), x.dtype)
 
 
 def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
@@ -161,7 +158,7 @@ def operation(
     keeps_output: bool = False,
     compiles_forward: bool = True,
 ) -> Callable[..., Any]:
-    """Makes one operation of a function and its gradient, that keeps nothing but its inputs for the backward pass.
+    """Makes one operation of a function and its gradient, that keeps its inputs or its output and nothing else.
 
     Args:
         forward: from tensors by position, and hashable settings by name, to a tensor or several.

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import fusion
-from keras_mp.layers.dot_product import Masks, attend, attend_with_scores
+from keras_mp.layers.dot_product import Masks, attend, attend_with_scores, wide_dtype
 from keras_mp.layers.softmax import Softmax
 
 __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"]
@@ -22,10 +22,10 @@ __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHead
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """Attention of several heads with 16-bit products and float32 softmax, in blocks from 1,024 steps on.
 
-    A drop-in for `keras.layers.MultiHeadAttention`, with the same arguments and weights. The matrix of scores is held
-    in 16 bits while it is needed and computed again in the backward pass; from 1,024 queries and keys on, or where the
-    length is not known in advance, it is never held as a whole. Masks of padding and of causality are applied as such,
-    without a matrix of pairs. In float16, products of large vectors do not overflow.
+    A drop-in for `keras.layers.MultiHeadAttention`, with the same arguments and weights. A training step keeps the
+    probabilities in 16 bits for its backward pass; from 1,024 queries and keys on, or where the length is not known in
+    advance, it holds no matrix of them. Masks of padding and of causality are applied as such, without a matrix of
+    pairs. In float16, products of large vectors do not overflow.
 
     Args:
         num_heads: int, number of attention heads.
@@ -321,7 +321,7 @@ class _SoftmaxOfScores(keras.layers.Layer):
         weights = Softmax(dtype=keras.backend.standardize_dtype(scores.dtype))(scores, mask=scores_mask)
         if scores_mask is not None:
             seen = tf.reduce_any(scores_mask, axis=-1, keepdims=True)
-            even = tf.cast(1.0 / tf.cast(tf.shape(scores)[-1], _wide(scores.dtype)), weights.dtype)
+            even = tf.cast(1.0 / tf.cast(tf.shape(scores)[-1], wide_dtype(scores.dtype)), weights.dtype)
             weights = tf.where(seen, weights, even)
         if training and self.dropout > 0:
             weights = keras.random.dropout(weights, self.dropout, seed=self.seed_generator)
@@ -402,7 +402,7 @@ class Attention(_SoftmaxOfScores, keras.layers.Attention):
         key = inputs[2] if len(inputs) > 2 else value
         query_mask, value_mask = (mask[0], mask[1]) if mask else (None, None)
         if self.scale is not None:
-            query = tf.cast(tf.cast(self.scale, _wide(dtype)) * tf.cast(query, _wide(dtype)), dtype)
+            query = tf.cast(tf.cast(self.scale, wide_dtype(dtype)) * tf.cast(query, wide_dtype(dtype)), dtype)
         rate = float(self.dropout) if training else 0.0
         arguments: dict[str, Any] = {
             "scale": 1.0,
@@ -430,7 +430,7 @@ class Attention(_SoftmaxOfScores, keras.layers.Attention):
             scores = tf.matmul(query, key, transpose_b=True)
             return scores if self.scale is None else scores * tf.cast(self.scale, scores.dtype)
         scale = tf.ones([1]) if self.scale is None else tf.reshape(self.scale, [1])
-        ones = tf.ones([query.shape[-1]], _wide(query.dtype))
+        ones = tf.ones([query.shape[-1]], wide_dtype(query.dtype))
         weight = tf.cast(self.concat_score_weight, ones.dtype) * ones
         return _additive_scores(query, key, tf.cast(scale, ones.dtype), weight)
 
@@ -487,13 +487,9 @@ class AdditiveAttention(_SoftmaxOfScores, keras.layers.AdditiveAttention):
             )
 
     def _calculate_scores(self, query: Any, key: Any) -> Any:
-        wide = _wide(query.dtype)
+        wide = wide_dtype(query.dtype)
         weight = tf.ones([query.shape[-1]], wide) if self.scale is None else tf.cast(self.scale, wide)
         return _additive_scores(query, key, tf.ones([1], wide), weight)
-
-
-def _wide(dtype: Any) -> str:
-    return keras.backend.result_type(dtype, "float32")
 
 
 def _tanh_of_sums(query: Any, key: Any, scale: Any) -> Any:

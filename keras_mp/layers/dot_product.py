@@ -1,11 +1,11 @@
-"""Softmax attention over 16-bit products that keeps no matrix of scores for the backward pass.
+"""Softmax attention over 16-bit products that keeps one 16-bit matrix for the backward pass, or none.
 
-With one block the scores of all pairs stand in memory in 16 bits while they are needed, and are computed again in the
-backward pass. From a length where it pays, queries and keys are taken in blocks, and memory grows linearly with the
-length: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682; Dao et
-al., "FlashAttention", 2022, https://arxiv.org/abs/2205.14135. The running maximum and sum of each row, from Milakov and
-Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867, are kept as their one
-logarithm, and the output of each block is normalized before it is added, so that no sum of values leaves float16.
+With one block the probabilities of all pairs are kept in 16 bits for the backward pass. From a length where it pays,
+queries and keys are taken in blocks, and memory grows linearly with the length: Rabe and Staats, "Self-attention Does
+Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682; Dao et al., "FlashAttention", 2022,
+https://arxiv.org/abs/2205.14135. The running maximum and sum of each row, from Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867, are kept, the sum as its logarithm, and the
+output of each block is normalized before it is added, so that no sum of values leaves float16.
 
 Shapes are written with B batch, G groups of heads that share keys and values, R query heads in each, T queries, S keys,
 D features; a block has P queries and Q keys.
@@ -14,11 +14,12 @@ D features; a block has P queries and Q keys.
 import functools
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from keras_mp import fusion
 
-__all__ = ["Masks", "attend", "attend_with_scores"]
+__all__ = ["Masks", "attend", "attend_with_scores", "wide_dtype"]
 
 # On two CPU cores, blocks of 512 were as fast as any from 256 to 2048, and below 1024 keys one block was faster.
 BLOCK = 512
@@ -108,7 +109,7 @@ def attend_with_scores(
     heads = query.shape[2]
     outputs, seen, probabilities = _attend(query, key, value, masks, scale, rate, seed, with_scores=True)
     if seen is not None and hidden_rows_average:
-        even = tf.cast(1.0 / tf.cast(tf.shape(probabilities)[-1], _wide(probabilities.dtype)), probabilities.dtype)
+        even = tf.cast(1.0 / tf.cast(tf.shape(probabilities)[-1], wide_dtype(probabilities.dtype)), probabilities.dtype)
         probabilities = tf.where(seen, probabilities, even)
     elif masks.query is not None:
         probabilities = tf.where(seen, probabilities, tf.zeros([], probabilities.dtype))
@@ -161,7 +162,7 @@ def _without_hidden_rows(outputs: Any, value: Any, seen: Any, average: bool) -> 
         return outputs
     filling = tf.zeros([], outputs.dtype)
     if average:
-        filling = tf.cast(tf.reduce_mean(tf.cast(value, _wide(value.dtype)), axis=1), outputs.dtype)[
+        filling = tf.cast(tf.reduce_mean(tf.cast(value, wide_dtype(value.dtype)), axis=1), outputs.dtype)[
             :, :, None, None, :
         ]
     return tf.where(seen, outputs, filling)
@@ -203,11 +204,10 @@ def _split_mask(mask: Any, heads: int, groups: int) -> Any:
 
 def _size(x: Any, axis: int) -> Any:
     """The size of an axis as an int, or as a tensor where it is not known yet."""
-    size = x.shape[axis]
-    return tf.shape(x)[axis] if size is None else size
+    return keras.ops.shape(x)[axis]
 
 
-def _wide(dtype: Any) -> Any:
+def wide_dtype(dtype: Any) -> Any:
     """The dtype to compute in."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
@@ -254,7 +254,7 @@ def _within_range(rows: Any, columns: Any) -> tuple[Any, Any]:
     at most the product of the lengths. (B, G, R, P, D) and (B, G, Q, D) to the shape of the former and (B, G, R, P, 1).
     """
     if rows.dtype != tf.float16:
-        return rows, tf.ones([], _wide(rows.dtype))
+        return rows, tf.ones([], wide_dtype(rows.dtype))
     longest = tf.reduce_max(tf.norm(tf.cast(columns, tf.float32), axis=-1), axis=-1)[:, :, None, None, None]
     bound = tf.norm(tf.cast(rows, tf.float32), axis=-1, keepdims=True) * longest / 2.0**15
     factor = _power_of_two_above(bound)
@@ -271,13 +271,13 @@ def _power_of_two_above(x: Any) -> Any:
 
 def _logits(products: Any, given: dict[str, Any], settings: _Settings) -> Any:
     """The products in float32, scaled, and -inf where they are hidden."""
-    dtype = _wide(products.dtype)
+    dtype = wide_dtype(products.dtype)
     logits = tf.cast(products, dtype) * settings.scale
     if "factor" in given:
         logits *= tf.cast(given["factor"], dtype)
     rows = given.get("first_row", 0) + tf.range(tf.shape(products)[3])[:, None]
     columns = given.get("first_column", 0) + tf.range(tf.shape(products)[4])[None, :]
-    conditions = [given[name] for name in ("key_mask", "pair_mask", "query_mask") if name in given]
+    conditions = [given[name] for name in ("key_mask", "pair_mask") if name in given]
     if settings.causal:
         conditions.append(columns <= rows)
     if settings.window is not None:
@@ -345,7 +345,7 @@ _forward_of, _backward_of = fusion.fusible(_block_forward), fusion.fusible(_bloc
 
 
 def _dropped(p: Any, seed: Any, *, settings: _Settings) -> Any:
-    wide = tf.cast(p, _wide(p.dtype))
+    wide = tf.cast(p, wide_dtype(p.dtype))
     return tf.cast(wide * _kept(wide, {"seed": seed}, settings), p.dtype)
 
 
@@ -357,7 +357,7 @@ def _from_probabilities(
     As in the softmax of `keras_mp.activations`, the sum of a row's rounded probabilities stands in for 1.
     """
     given, rows = dict(zip(names, tensors, strict=True)), (p.shape.rank - 1,)
-    wide = tf.cast(p, _wide(p.dtype))
+    wide = tf.cast(p, wide_dtype(p.dtype))
     g = tf.cast(slopes, wide.dtype) * tf.cast(given["slope_factor"], wide.dtype)
     dropped: tuple[Any, ...] = ()
     if settings.rate:
@@ -516,7 +516,7 @@ class _Blocks:
 
 def _blocks_forward(blocks: _Blocks, fused: bool) -> tuple[Any, Any]:
     """The output, (row blocks, B, G, R, P, D), and the logarithm of each row's sum, (row blocks, B, G, R, P, 1)."""
-    wide = _wide(blocks.q.dtype)
+    wide = wide_dtype(blocks.q.dtype)
     shape = tf.concat([tf.shape(blocks.q)[:-1], tf.shape(blocks.v)[-1:]], 0)
     forward = _forward_of(fused)
 
@@ -547,7 +547,7 @@ def _blocks_forward(blocks: _Blocks, fused: bool) -> tuple[Any, Any]:
 
 
 def _blocks_backward(blocks: _Blocks, outputs: Any, log_sums: Any, upstream: Any, fused: bool) -> tuple[Any, Any, Any]:
-    wide = _wide(blocks.q.dtype)
+    wide = wide_dtype(blocks.q.dtype)
     pulled = blocks.of_queries(upstream)
     # The average slope of a row, weighted by its probabilities: Dao et al., 2022, appendix B.2.
     averages = tf.reduce_sum(tf.cast(pulled, wide) * tf.cast(outputs, wide), axis=-1, keepdims=True)

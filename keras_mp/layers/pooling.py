@@ -300,7 +300,7 @@ def _windows(x: Any, size: tuple[int, ...], strides: tuple[int, ...], padding: s
 
     @tf.custom_gradient
     def run(x: Any) -> Any:
-        shape = windows.shape_of(x)
+        shape = keras.ops.shape(x)
 
         def gradient(upstream: Any) -> Any:
             if tiled and wide == upstream.dtype.name == dtype.name:
@@ -333,7 +333,7 @@ def _mean(x: Any, axes: tuple[int, ...], keepdims: bool, output_dtype: str) -> A
 
     @tf.custom_gradient
     def run(x: Any) -> Any:
-        shape = windows.shape_of(x)
+        shape = keras.ops.shape(x)
 
         def gradient(upstream: Any) -> Any:
             count = tf.cast(math.prod(shape[axis] for axis in axes), wide)

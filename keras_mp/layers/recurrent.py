@@ -431,7 +431,7 @@ class _Loop(_WideStates):
             mask = None if mask is None else tf.reverse(mask, [0])
         kernel = backend.uncast(cell.kernel)
         product = tf.matmul(tf.reshape(x, [-1, x.shape[2]]), tf.cast(kernel, x.dtype))
-        product = tf.reshape(product, [*_sizes(x)[:2], kernel.shape[1]])
+        product = tf.reshape(product, [*keras.ops.shape(x)[:2], kernel.shape[1]])
         outputs, states = _recurrence(
             cell,
             product,
@@ -595,11 +595,6 @@ def _map_states(cell: Any, states: Any, function: Callable[[Any, str], Any]) -> 
     return [function(state, dtype) for state in states] if several else function(states, dtype)
 
 
-def _sizes(x: Any) -> list[Any]:
-    """The sizes of the axes: numbers, where the graph knows them."""
-    return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape)]
-
-
 def _checked_mask(mask: Any, sequences: Any) -> Any:
     """The mask, of shape (batch, steps), or an error where it is not of the steps."""
     if mask is None:
@@ -649,7 +644,9 @@ def _array(like: Any, size: Any) -> Any:
 
 
 def _unstacked(values: Any) -> Any:
-    array = tf.TensorArray(values.dtype, _sizes(values)[0], element_shape=values.shape[1:], clear_after_read=False)
+    array = tf.TensorArray(
+        values.dtype, keras.ops.shape(values)[0], element_shape=values.shape[1:], clear_after_read=False
+    )
     return array.unstack(values)
 
 
@@ -683,7 +680,7 @@ def _recurrence(
     Returns:
         Tensor of shape (steps, batch, units) in the dtype of `x`, or None, and the last states.
     """
-    steps, batch, _ = _sizes(x)
+    steps, batch, _ = keras.ops.shape(x)
     units = kernel.shape[0]
     count = len(states)
 

@@ -70,7 +70,7 @@ class UpSampling2D(keras.layers.UpSampling2D):
             counts = (1, 1, *self.size) if self.data_format == "channels_first" else (1, *self.size, 1)
             return _repeat(tf.cast(inputs, self.compute_dtype), counts)
         x = tf.transpose(inputs, [0, 2, 3, 1]) if self.data_format == "channels_first" else inputs
-        size = tuple(n * factor for n, factor in zip(windows.shape_of(x)[1:3], self.size, strict=True))
+        size = tuple(n * factor for n, factor in zip(keras.ops.shape(x)[1:3], self.size, strict=True))
         y = _resize(x, size, self.interpolation, False, self.compute_dtype)
         return tf.transpose(y, [0, 3, 1, 2]) if self.data_format == "channels_first" else y
 
@@ -229,7 +229,7 @@ def _either(static: Any, dynamic: Any, *values: Any) -> Any:
 
 def _cropped(x: Any, size: tuple[int, int]) -> Any:
     """The largest window of the shape of `size` from the middle."""
-    (height, width), (to_height, to_width) = windows.shape_of(x)[1:3], size
+    (height, width), (to_height, to_width) = keras.ops.shape(x)[1:3], size
     wanted = (_in_proportion(width, to_height, to_width), _in_proportion(height, to_width, to_height))
     starts, ends = [], []
     for length, window in zip((height, width), wanted, strict=True):
@@ -241,7 +241,7 @@ def _cropped(x: Any, size: tuple[int, int]) -> Any:
 
 def _padded(x: Any, size: tuple[int, int], value: float) -> Any:
     """The image in the middle of the smallest of the shape of `size` that holds it."""
-    (height, width), (to_height, to_width) = windows.shape_of(x)[1:3], size
+    (height, width), (to_height, to_width) = keras.ops.shape(x)[1:3], size
     wanted = (_in_proportion(width, to_height, to_width), _in_proportion(height, to_width, to_height))
     before = [
         (_either(max, tf.maximum, length, window) - length) // 2
@@ -258,7 +258,7 @@ def _resize(x: Any, size: tuple[Any, ...], method: str, antialias: bool, output_
     wide = windows.wide(x, keras.backend.standardize_dtype(output_dtype))
     if not x.dtype.is_floating:
         x = tf.cast(x, wide)
-    dtype, shape = x.dtype, windows.shape_of(x)
+    dtype, shape = x.dtype, keras.ops.shape(x)
     lengths = shape[1:3]
     # The kernels are quicker than matrix products, but answer in float32 at most, and XLA compiles few of them.
     products = backend.in_xla_context() or (wide == "float64" and not nearest)

@@ -10,13 +10,7 @@ import tensorflow as tf
 
 from keras_mp import backend, fusion
 
-__all__ = ["pool", "pool_gradient", "repeated", "shape_of", "takes_16_bits", "wide", "window_sums"]
-
-
-def shape_of(x: Any) -> list[Any]:
-    """The shape: ints where they are static, otherwise scalar tensors."""
-    dynamic: Any = None if x.shape.is_fully_defined() else tf.shape(x)
-    return [dynamic[axis] if size is None else size for axis, size in enumerate(x.shape)]
+__all__ = ["pool", "pool_gradient", "repeated", "takes_16_bits", "wide", "window_sums"]
 
 
 def wide(x: Any, output_dtype: str) -> str:
@@ -37,9 +31,9 @@ def pool(x: Any, size: Sequence[int], strides: Sequence[int], padding: str) -> A
     if len(size) < 3 or x.dtype != tf.float64:
         return tf.nn.avg_pool(x, size, strides, padding)
     # A mean over a box is the mean of the means of its layers, padded or not.
-    batch, depth, height, width, channels = shape_of(x)
+    batch, depth, height, width, channels = keras.ops.shape(x)
     x = tf.nn.avg_pool2d(tf.reshape(x, [-1, height, width, channels]), size[1:], strides[1:], padding)
-    _, height, width, _ = shape_of(x)
+    _, height, width, _ = keras.ops.shape(x)
     x = tf.reshape(x, [batch, depth, height * width, channels])
     x = tf.nn.avg_pool2d(x, (size[0], 1), (strides[0], 1), padding)
     return tf.reshape(x, [batch, -1, height, width, channels])
@@ -60,7 +54,7 @@ def pool_gradient(g: Any, shape: Any, size: Sequence[int], strides: Sequence[int
         return tf.squeeze(pool_gradient(g[:, None], shape, (1, *size), (1, *strides), padding), 1)
     if len(size) == 3 and g.dtype == tf.float64:
         batch, depth, height, width, channels = shape
-        _, *small, _ = shape_of(g)
+        _, *small, _ = keras.ops.shape(g)
         g = tf.reshape(g, [batch, small[0], small[1] * small[2], channels])
         g = pool_gradient(g, [batch, depth, small[1] * small[2], channels], (size[0], 1), (strides[0], 1), padding)
         g = tf.reshape(g, [batch * depth, small[1], small[2], channels])
@@ -118,7 +112,7 @@ def repeated(x: Any, counts: Sequence[int]) -> Any:
         last = [count if axis in repeats[-2:] else 1 for axis, count in enumerate(counts)]
         first = [1 if axis in repeats[-2:] else count for axis, count in enumerate(counts)]
         return repeated(repeated(x, last), first)
-    shape = shape_of(x)
+    shape = keras.ops.shape(x)
     narrow, broad = _divided(shape, counts, 1), _divided(shape, counts)
     copies = tf.broadcast_to(tf.reshape(x, narrow), broad)
     return tf.reshape(copies, [size * count for size, count in zip(shape, counts, strict=True)])
@@ -156,7 +150,7 @@ def _divided(shape: Sequence[Any], counts: Sequence[int], inner: int | None = No
 
 def _sums(x: Any, *, counts: tuple[int, ...], dtype: str, wide: str) -> Any:
     x = tf.cast(x, wide)
-    shape = shape_of(x)
+    shape = list(keras.ops.shape(x))
     small = [size // count for size, count in zip(shape, counts, strict=True)]
     # The last axis first: op by op that reads memory in order.
     for axis in reversed(range(len(counts))):

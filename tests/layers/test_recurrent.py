@@ -251,8 +251,6 @@ def test_stock_cell_state_may_leave_the_range_of_float16():
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_and_initial_states(name, arguments, mask):
     """As in Keras: outputs, states and gradients, also before the first step that counts and of a row without any."""
-    if arguments.get("zero_output_for_mask") and arguments.get("unroll"):
-        pytest.skip("covered apart")
     x = np.random.normal(size=(3, 5, 2)).astype("float32")
     states = [tf.constant(np.random.normal(size=(3, 4)), "float32") for _ in range(2 if name == "LSTM" else 1)]
     results = []
