@@ -5,6 +5,7 @@ one will not do; `tests/test_backend.py` fails with the name in its message when
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -15,14 +16,25 @@ from typing import Any
 from keras_mp.errors import MissingTensorFlowError
 
 __all__ = [
+    "auto_config",
+    "autocasts",
+    "call_before_training",
+    "compile_arguments",
     "in_xla_context",
+    "inner_layers",
+    "layers_by_path",
     "logits_of",
     "mask_of",
     "one_device",
+    "origin",
+    "preprocessing_classes",
     "raise_from_graph",
     "recording",
     "remapper_enabled",
+    "run_through_graph",
     "runtime_started",
+    "saving_to_h5",
+    "set_auto_config",
     "set_remapper",
     "uncast",
     "with_logits",
@@ -119,8 +131,18 @@ with contextlib.nullcontext() if "tensorflow" in sys.modules else without_log_li
 import keras  # noqa: E402  (only after the check above is its absence explained)
 import tensorflow as tf  # noqa: E402
 
+# What tells a model that is being written to HDF5 from one that is written to `.keras`.
+from keras.src.backend.common.global_state import get_global_attribute as _saving_options_flag  # noqa: E402
+
 # Inside a layer's call a variable gives its value in the compute dtype; no public name switches that off.
 from keras.src.backend.common.variables import AutocastScope as _AutocastScope  # noqa: E402
+
+# The class of a model made of symbolic tensors: `keras.Model(inputs, outputs)` is one, and so are instances of a class
+# of the user's that is called so, which cannot be told by anything public.
+from keras.src.models import Functional as Functional  # noqa: E402
+
+# What Keras keeps the arguments of a constructor in.
+from keras.src.saving import serialization_lib as _serialization_lib  # noqa: E402
 
 # `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
 from tensorflow.python.distribute import distribute_lib as _distribute_lib  # noqa: E402
@@ -329,3 +351,117 @@ def with_mask(tensor: Any, mask: Any) -> Any:
     """The tensor itself, with a Keras mask attached."""
     tensor._keras_mask = mask
     return tensor
+
+
+# Keras has no public name for the layers inside a layer that is not a model.
+def inner_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer holds itself, not those inside them."""
+    return list(layer._layers)
+
+
+def layers_by_path(layer: keras.Layer) -> dict[str, keras.Layer]:
+    """A layer and all layers inside it, by the names from the outermost down, joined by "/".
+
+    A layer that is used in several places stands at the first of them.
+
+    Args:
+        layer: a layer or model.
+    """
+    found: dict[str, keras.Layer] = {}
+    seen: set[int] = set()
+
+    def visit(layer: keras.Layer, path: str) -> None:
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            found.setdefault(path, layer)
+            for inner in inner_layers(layer):
+                visit(inner, f"{path}/{inner.name}")
+
+    visit(layer, layer.name)
+    return found
+
+
+# What follows is for copies of models. Keras copies a model by its configuration alone, which many have none of.
+def auto_config(layer: keras.Layer) -> Any:
+    """The arguments that a layer without a `get_config` of its own was made with, or None where Keras keeps none."""
+    kept = getattr(layer, "_auto_config", None)
+    return None if kept is None else dict(kept.config)
+
+
+def set_auto_config(layer: keras.Layer, arguments: "dict[str, Any] | None") -> None:
+    """Sets what `auto_config` tells, on a layer that was not made by its constructor."""
+    layer._auto_config = None if arguments is None else _serialization_lib.SerializableDict(**arguments)
+
+
+def autocasts(variable: keras.Variable) -> bool:
+    """Whether layers read the variable in their compute dtype."""
+    return bool(variable._autocast)
+
+
+def origin(tensor: keras.KerasTensor) -> Any:
+    """The layer, or the operation without variables, that a symbolic tensor is the answer of."""
+    return tensor._keras_history.operation
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """The arguments of the model's `compile`, as they were given; `get_compile_config` has lost what has no name."""
+    return dict(model._compile_config.config)
+
+
+def run_through_graph(
+    model: keras.Model, inputs: Any, operation_of: Callable[[Any], Any], call: Callable[..., Any]
+) -> Any:
+    """Runs the graph of a Functional model with other operations.
+
+    Args:
+        model: a Functional model.
+        inputs: symbolic tensors in the structure of `model.input`.
+        operation_of: from an operation of the graph to the one that stands in for it.
+        call: gets that one and the arguments of its call.
+
+    Returns:
+        The outputs, in the structure of `model.output`.
+    """
+    return model._run_through_graph(inputs, operation_fn=operation_of, call_fn=call)
+
+
+def preprocessing_classes() -> tuple[type, ...]:
+    """The classes of the layers that prepare data, of which two common bases have no public name."""
+    names = ("Rescaling", "StringLookup")
+    bases = [getattr(keras.layers, name).__base__ for name in names]
+    own = ("CategoryEncoding", "HashedCrossing", "Hashing", "MelSpectrogram", "Pipeline", "STFTSpectrogram")
+    return (*bases, keras.layers.TextVectorization, *(getattr(keras.layers, name) for name in own))
+
+
+def call_before_training(check: Callable[[keras.Model], None]) -> None:
+    """Has every Keras model looked at before it is trained, with all its optimizers in place.
+
+    Keras has no hook there. A model is looked at when its `compile` is done; one whose class has a `compile` of its
+    own, which sets more optimizers after Keras's, when its training step is made.
+
+    Args:
+        check: gets the model.
+    """
+    trainer = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
+    maker = next(cls for cls in keras.Model.__mro__ if "make_train_function" in vars(cls))
+    compile_model, make_train_function = trainer.compile, maker.make_train_function
+
+    @functools.wraps(compile_model)
+    def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = compile_model(self, *args, **kwargs)
+        if type(self).compile is compile_and_check:
+            check(self)
+        return result
+
+    @functools.wraps(make_train_function)
+    def check_and_make(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self).compile is not compile_and_check and self.train_function is None:
+            check(self)
+        return make_train_function(self, *args, **kwargs)
+
+    trainer.compile, maker.make_train_function = compile_and_check, check_and_make
+
+
+def saving_to_h5() -> bool:
+    """Whether Keras is writing a model to its old HDF5 format now."""
+    return bool(_saving_options_flag("use_legacy_config"))

@@ -5,6 +5,7 @@ KerasMPError
 ├── MissingTensorFlowError (ImportError)   TensorFlow is not installed, or Keras runs on another backend
 ├── PolicyError (ValueError)               a dtype policy that does not exist
 ├── ArgumentError (ValueError)             an argument that no optimizer, layer or function here can work with
+├── ConversionError (ValueError)           a model that cannot be converted to another dtype policy
 ├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
 └── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
 ```
@@ -16,6 +17,7 @@ message says what was given, what was expected, and what to type instead. Beside
 
 __all__ = [
     "ArgumentError",
+    "ConversionError",
     "ExportError",
     "KerasMPError",
     "KerasMPWarning",
@@ -43,6 +45,10 @@ class PolicyError(KerasMPError, ValueError):
 
 class ArgumentError(KerasMPError, ValueError):
     """An argument that no optimizer, layer or function here can work with."""
+
+
+class ConversionError(KerasMPError, ValueError):
+    """A model cannot be converted to another dtype policy."""
 
 
 class LossScaleStuckError(KerasMPError, RuntimeError):

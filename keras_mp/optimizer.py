@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, sum_of_squares
+from keras_mp.policy import needs_loss_scaling
 from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
 
 __all__ = ["LossScaleOptimizer"]
@@ -342,7 +343,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """The arguments that make an optimizer like this one.
 
         Those that Keras's wrapper does not have are listed only where they differ from their defaults.
+
+        Raises:
+            ArgumentError: from `model.save` to a `.h5` file, which would lose the state of the inner optimizer.
         """
+        if backend.saving_to_h5():
+            raise ArgumentError(
+                "A .h5 file does not keep the state of a LossScaleOptimizer: the slots of the inner optimizer and the "
+                'loss scale would be lost without a word. Save to a format that keeps them: model.save("model.keras"), '
+                'model.save_weights("model.weights.h5") or tf.train.Checkpoint(model=model, optimizer=optimizer). '
+                "For a .h5 file without the optimizer: keras.saving.save_model(model, path, include_optimizer=False)."
+            )
         config = super().get_config()
         own = {
             **dataclasses.asdict(self._scaling),
@@ -479,3 +490,31 @@ def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
             f"keras.optimizers.Adam(1e-3) or 'adam'. Received: {optimizer!r} (of type {type(optimizer).__name__})"
         )
     return optimizer
+
+
+def _warn_of_unscaled_gradients(model: keras.Model) -> None:
+    """Warns of a model that computes in float16 and is about to be trained by an optimizer without our loss scale."""
+    held = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+    compiled = getattr(model, "optimizer", None)
+    # Beside optimizers of the user's, the one that Keras's `compile` was called without is not meant to train.
+    others = [optimizer for optimizer in held if optimizer is not compiled]
+    optimizers = others or [compiled]
+    bare = [each for each in optimizers if each is not None and not isinstance(each, LossScaleOptimizer)]
+    if not bare or not needs_loss_scaling(model):
+        return
+    wrapped = isinstance(bare[0], keras.optimizers.LossScaleOptimizer)
+    name = type(bare[0].inner_optimizer if wrapped else bare[0]).__name__
+    trouble = (
+        "Keras's LossScaleOptimizer lets its scale run away in long trainings and replicas disagree on skipped steps"
+        if wrapped
+        else "its optimizer scales no loss, so that small gradients become zero"
+    )
+    warnings.warn(
+        f"Model {model.name!r} computes in float16, and {trouble}. Write "
+        f"model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.{name}(...)), ...).",
+        KerasMPWarning,
+        stacklevel=4,
+    )
+
+
+backend.call_before_training(_warn_of_unscaled_gradients)

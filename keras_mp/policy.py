@@ -16,7 +16,7 @@ import keras
 from keras_mp import backend, hardware
 from keras_mp.errors import KerasMPWarning, PolicyError
 
-__all__ = ["advice", "policy_scope", "set_policy"]
+__all__ = ["advice", "chosen_policy", "needs_loss_scaling", "policy_scope", "preprocessing_scope", "set_policy"]
 
 _NAMES = ("auto", "float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64")
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -45,8 +45,8 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
 
     Args:
         policy: `"auto"` for what `keras_mp.detect()` recommends; `"mixed_bfloat16"`, `"mixed_float16"` or any other
-            name Keras has for a floating-point policy; a `keras.DTypePolicy`, or a
-            `keras.dtype_policies.DTypePolicyMap` with policies for single layers.
+            name Keras has for a floating-point policy; a `keras.DTypePolicy`, or a `keras_mp.PolicyMap` with
+            policies for single layers.
 
     Returns:
         The policy now in force.
@@ -65,16 +65,29 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     >>> keras_mp.set_policy("float32")
     <DTypePolicy "float32">
     """
+    keras.config.set_dtype_policy(chosen_policy(policy, "set_policy({})"))
+    return keras.config.dtype_policy()
+
+
+def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePolicy:
+    """The policy that a user asked for, made ready for: with a warning where it is of no use on this hardware.
+
+    Args:
+        policy: as for `set_policy`, which says what is done about float16 on a CPU.
+        call: how it was asked for, with "{}" where the policy stands, for the warning.
+
+    Raises:
+        PolicyError: as `set_policy` does.
+    """
     here = hardware.detect()
     automatic = isinstance(policy, str) and policy == "auto"
     wanted = _resolve(here.recommended_policy if automatic else policy)
     if not automatic:
-        for message in advice(wanted, here):
+        for message in advice(wanted, here, call=call):
             warnings.warn(message, KerasMPWarning, stacklevel=_stacklevel())
     if not here.accelerators and any(each.compute_dtype == "float16" for each in _members(wanted)):
         backend.set_remapper(False)
-    keras.config.set_dtype_policy(wanted)
-    return keras.config.dtype_policy()
+    return wanted
 
 
 @contextlib.contextmanager
@@ -104,6 +117,62 @@ def policy_scope(policy: str | keras.DTypePolicy) -> Iterator[keras.DTypePolicy]
         yield set_policy(policy)
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def preprocessing_scope() -> "contextlib.AbstractContextManager[keras.DTypePolicy]":
+    """Makes the layers that are made inside a `with` block compute in float32, whatever the global policy is.
+
+    For layers that prepare data in `dataset.map`, before the model: under a mixed policy `Rescaling` would hand on 16
+    bits, and `MixUp` and `CutMix` fail. In a model that `keras_mp.convert` makes such layers are in float32 anyway.
+
+    Returns:
+        A context manager.
+
+    Example:
+
+    >>> import keras, keras_mp
+    >>> with keras_mp.preprocessing_scope():
+    ...     prepare = keras.Sequential([keras.layers.Rescaling(1 / 255), keras.layers.RandomFlip()])
+    >>> images = tf.data.Dataset.from_tensor_slices(tf.zeros((8, 32, 32, 3), "uint8")).batch(4).map(prepare)
+    >>> images.element_spec.dtype
+    tf.float32
+    """
+    return policy_scope("float32")
+
+
+def needs_loss_scaling(model: keras.Layer) -> bool:
+    """Whether gradients of a model may underflow, so that its optimizer should be a `LossScaleOptimizer`.
+
+    Args:
+        model: a Keras model or layer. Every layer in it is asked, whatever the model's own policy is.
+
+    Returns:
+        True where any layer computes in float16.
+
+    Raises:
+        TypeError: for anything that is not a Keras model or layer.
+
+    Example:
+
+    >>> import keras, keras_mp
+    >>> layers = [keras.Input((4,)), keras.layers.Dense(4, dtype="mixed_float16"), keras.layers.Dense(1)]
+    >>> keras_mp.needs_loss_scaling(keras.Sequential(layers))
+    True
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Expected a Keras model or layer, received {model!r} of type {type(model).__name__}.")
+    return any(layer.compute_dtype == "float16" for layer in _computing_layers(model))
+
+
+def _computing_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The layers that compute: a model without weights of its own only hands on, and may have any policy."""
+    found = []
+    for layer in backend.layers_by_path(model).values():
+        inner = {id(weight) for each in backend.inner_layers(layer) for weight in each.weights}
+        hands_on = isinstance(layer, keras.Model) and all(id(weight) in inner for weight in layer.weights)
+        if not hands_on and not isinstance(layer, keras.layers.InputLayer):
+            found.append(layer)
+    return found
 
 
 def _resolve(policy: object) -> keras.DTypePolicy:
@@ -156,6 +225,7 @@ def advice(
     policy: keras.DTypePolicy,
     here: hardware.Hardware,
     measure: Callable[[str], hardware.ProductTimes] = hardware.measure,
+    call: str = "set_policy({})",
 ) -> list[str]:
     """What the user should know before training under a policy on some hardware.
 
@@ -163,6 +233,7 @@ def advice(
         policy: a dtype policy, or a map of them.
         here: the hardware.
         measure: takes a 16-bit dtype and returns its product times on a CPU; called only where they decide.
+        call: what the user typed, with "{}" for the policy.
 
     Returns:
         One message for each policy in a map, or for the policy itself, that has a fault.
@@ -175,17 +246,18 @@ def advice(
     """
     messages = []
     for each in {member.name: member for member in _members(policy)}.values():
-        given = f'set_policy("{each.name}")'
+        typed = f"keras_mp.{call}"
+        given = call.format(f'"{each.name}"')
         if each is not policy:
-            given = f'set_policy(<a DTypePolicyMap with "{each.name}">)'
+            given = call.format(f'<a {type(policy).__name__} with "{each.name}">')
         useless = _useless(each.compute_dtype, here, measure)
         pure = each.variable_dtype in _STEP
         if useless:
-            instead = f'keras_mp.set_policy("{here.recommended_policy}"), the best for this hardware'
+            instead = typed.format(f'"{here.recommended_policy}"') + ", the best for this hardware"
             if pure:
-                instead += f', or keras_mp.set_policy("mixed_{each.variable_dtype}") to keep the dtype'
+                instead += ", or " + typed.format(f'"mixed_{each.variable_dtype}"') + " to keep the dtype"
         else:
-            instead = f'keras_mp.set_policy("mixed_{each.variable_dtype}")'
+            instead = typed.format(f'"mixed_{each.variable_dtype}"')
         if pure:
             stagnates = (
                 f"the weights themselves are held in {each.variable_dtype}, so an update below "

@@ -1,0 +1,152 @@
+"""Models from files: with the whole state of the optimizer, under any global policy, and under another policy."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mp
+from keras_mp.errors import ArgumentError, ConversionError
+
+pytestmark = [
+    # float16 gains nothing on a CPU, and wants our optimizer, of which we warn; other tests are about that.
+    pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning"),
+    pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning"),
+]
+
+X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(8, 1)).astype("float32")
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(1e-2),
+    "stock": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2), initial_scale=8.0),
+    "ours": lambda: keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-2), initial_scale=8.0),
+}
+
+
+def saved(path, policy, optimizer, **arguments):
+    """A model trained under a global policy for three steps, saved."""
+    with keras_mp.policy_scope(policy):
+        layers = [keras.Input((4,)), keras.layers.Dense(4, "relu"), keras.layers.Dense(1)]
+        model = keras.Sequential(layers)
+        model.compile(OPTIMIZERS[optimizer](), keras.losses.MeanSquaredError(), **arguments)
+    model.fit(X, Y, batch_size=8, epochs=3, verbose=0)
+    model.save(path)
+    return model
+
+
+@pytest.mark.parametrize("here", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("policy", "optimizer", "arguments"),
+    [
+        ("float32", "adam", {}),
+        ("mixed_bfloat16", "adam", {}),
+        ("mixed_bfloat16", "ours", {}),
+        ("mixed_float16", "adam", {}),  # which Keras wraps by itself
+        ("mixed_float16", "adam", {"auto_scale_loss": False}),
+        ("mixed_float16", "stock", {}),
+        ("mixed_float16", "ours", {}),
+    ],
+)
+def test_a_model_comes_back_whole_under_any_global_policy(tmp_path, policy, optimizer, arguments, here):
+    model = saved(tmp_path / "model.keras", policy, optimizer, **arguments)
+    with keras_mp.policy_scope(here):
+        loaded = keras_mp.load_model(tmp_path / "model.keras")
+        assert keras.config.dtype_policy().name == here
+    assert type(loaded.optimizer) is type(model.optimizer)
+    assert [layer.dtype_policy.name for layer in loaded.layers] == [layer.dtype_policy.name for layer in model.layers]
+    for each in (model, loaded):
+        each.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    for ours, theirs in zip(loaded.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.stock_defect
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
+def test_stock_loading_keeps_the_optimizer_under_another_global_policy(tmp_path):
+    model = saved(tmp_path / "model.keras", "mixed_float16", "adam")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is type(model.optimizer)
+    assert int(loaded.optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "wrapped"), [("mixed_float16", True), ("mixed_bfloat16", False), ("float32", False)]
+)
+@pytest.mark.parametrize(
+    ("before", "optimizer"), [("float32", "adam"), ("mixed_float16", "adam"), ("mixed_float16", "ours")]
+)
+def test_it_is_wrapped_as_the_policy_asked_for_needs(tmp_path, before, optimizer, policy, wrapped):
+    model = saved(tmp_path / "model.keras", before, optimizer)
+    loaded = keras_mp.load_model(tmp_path / "model.keras", policy)
+    assert isinstance(loaded.optimizer, keras_mp.LossScaleOptimizer) is wrapped
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer) is wrapped
+    inner, right = (getattr(each.optimizer, "inner_optimizer", each.optimizer) for each in (loaded, model))
+    assert int(inner.iterations) == 3
+    for ours, theirs in zip(inner.variables, right.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded.layers[0].dtype_policy.name == policy
+    assert np.isfinite(loaded.fit(X, Y, verbose=0).history["loss"][0])
+
+
+def test_per_layer_policies_are_no_reason_to_wrap(tmp_path):
+    layers = [keras.Input((4,)), keras.layers.Dense(4, dtype="mixed_float16"), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    model.fit(X, Y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras_mp.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is keras.optimizers.Adam
+    assert int(loaded.optimizer.iterations) == 1
+
+
+def test_a_model_of_ours_comes_back(tmp_path):
+    model = saved(tmp_path / "model.keras", "float32", "adam")
+    mixed = keras_mp.convert(model, keras_mp.PolicyMap("mixed_bfloat16", {"dense_.*": "float32"}))
+    mixed.save(tmp_path / "mixed.keras")
+    loaded = keras_mp.load_model(tmp_path / "mixed.keras")
+    np.testing.assert_array_equal(loaded(X), mixed(X))
+    assert [layer.compute_dtype for layer in loaded.layers] == [layer.compute_dtype for layer in mixed.layers]
+
+
+def test_it_need_not_be_compiled(tmp_path):
+    saved(tmp_path / "model.keras", "float32", "adam")
+    assert keras_mp.load_model(tmp_path / "model.keras", "mixed_bfloat16", compile=False).compiled is False
+
+
+@pytest.mark.parametrize("name", ["none.keras", "folder", "text.keras", "model.h5"])
+def test_what_is_no_keras_file_is_refused(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.keras").write_text("no zip")
+    (tmp_path / "model.h5").write_bytes(b"\x89HDF")
+    expected = {
+        "none.keras": "There is no file",
+        "folder": "is a folder.*tf.saved_model.load",
+        "text.keras": "is not a .keras file",
+        "model.h5": r'is not a .keras file.*model.save\("model.keras"\)',
+    }
+    with pytest.raises(ConversionError, match=expected[name]):
+        keras_mp.load_model(tmp_path / name)
+
+
+# Keras advises against the format itself, in a log line and no warning.
+@pytest.mark.parametrize("save", [keras.Model.save, keras.saving.save_model])
+def test_h5_files_which_lose_the_optimizer_are_refused(tmp_path, save):
+    model = saved(tmp_path / "model.keras", "mixed_float16", "ours")
+    with pytest.raises(ArgumentError, match=r'model.save\("model.keras"\).*weights.h5.*tf.train.Checkpoint'):
+        save(model, tmp_path / "model.h5")
+    keras.saving.save_model(model, tmp_path / "model.h5", include_optimizer=False)
+    loaded = keras.saving.load_model(tmp_path / "model.h5", compile=False)
+    np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])
+
+
+@pytest.mark.stock_defect
+def test_stock_h5_files_keep_the_slots_inside_a_wrapper(tmp_path):
+    model = saved(tmp_path / "model.keras", "mixed_float16", "stock")
+    model.save(tmp_path / "model.h5")
+    with keras_mp.policy_scope("mixed_float16"):
+        loaded = keras.saving.load_model(tmp_path / "model.h5")
+    inner, right = loaded.optimizer.inner_optimizer, model.optimizer.inner_optimizer
+    assert len(inner.variables) == len(right.variables)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(inner.variables, right.variables, strict=True))
