@@ -2,6 +2,7 @@
 
 from keras_mp import backend as _backend  # noqa: F401  # isort: skip  (first: explains a missing TensorFlow)
 from keras_mp import activations, errors, layers, losses
+from keras_mp.distribution import strategy
 from keras_mp.export import ExportReport, export, verify_export
 from keras_mp.hardware import Hardware, detect
 from keras_mp.optimizer import LossScaleOptimizer
@@ -19,5 +20,6 @@ __all__ = [
     "losses",
     "policy_scope",
     "set_policy",
+    "strategy",
     "verify_export",
 ]

@@ -5,6 +5,9 @@ KerasMPError
 ├── MissingTensorFlowError (ImportError)   TensorFlow is not installed, or Keras runs on another backend
 ├── PolicyError (ValueError)               a dtype policy that does not exist
 ├── ArgumentError (ValueError)             an argument that no optimizer, layer or function here can work with
+├── DistributionError (ValueError)         a strategy, cluster or batch that replicas cannot work with
+├── WorkerLostError (RuntimeError)         another worker of a multi-worker job does not answer any more
+├── CompilationError (RuntimeError)        XLA cannot compile a layer
 ├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
 └── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
 ```
@@ -16,12 +19,15 @@ message says what was given, what was expected, and what to type instead. Beside
 
 __all__ = [
     "ArgumentError",
+    "CompilationError",
+    "DistributionError",
     "ExportError",
     "KerasMPError",
     "KerasMPWarning",
     "LossScaleStuckError",
     "MissingTensorFlowError",
     "PolicyError",
+    "WorkerLostError",
 ]
 
 
@@ -43,6 +49,18 @@ class PolicyError(KerasMPError, ValueError):
 
 class ArgumentError(KerasMPError, ValueError):
     """An argument that no optimizer, layer or function here can work with."""
+
+
+class DistributionError(KerasMPError, ValueError):
+    """A strategy, a cluster or a batch that replicas cannot work with."""
+
+
+class WorkerLostError(KerasMPError, RuntimeError):
+    """Another worker of a multi-worker job does not answer any more."""
+
+
+class CompilationError(KerasMPError, RuntimeError):
+    """XLA cannot compile a layer of a model."""
 
 
 class LossScaleStuckError(KerasMPError, RuntimeError):

@@ -44,7 +44,8 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     own `dtype` argument are not seen here: set the option to False for them.
 
     Args:
-        policy: `"auto"` for what `keras_mp.detect()` recommends; `"mixed_bfloat16"`, `"mixed_float16"` or any other
+        policy: `"auto"` for what `keras_mp.detect()` recommends, of the devices of the strategy whose scope this is or
+            that `keras_mp.strategy` made last; `"mixed_bfloat16"`, `"mixed_float16"` or any other
             name Keras has for a floating-point policy; a `keras.DTypePolicy`, or a
             `keras.dtype_policies.DTypePolicyMap` with policies for single layers.
 
@@ -65,7 +66,7 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     >>> keras_mp.set_policy("float32")
     <DTypePolicy "float32">
     """
-    here = hardware.detect()
+    here = hardware.in_use()
     automatic = isinstance(policy, str) and policy == "auto"
     wanted = _resolve(here.recommended_policy if automatic else policy)
     if not automatic:

@@ -22,6 +22,7 @@ ORDER = [
     "backend",
     "hardware",
     "policy",
+    "cluster",
     "distribution",
     "fusion",
     "activations",
