@@ -7,11 +7,13 @@ from keras_mp.export import ExportReport, export, verify_export
 from keras_mp.hardware import Hardware, detect
 from keras_mp.optimizer import LossScaleOptimizer
 from keras_mp.policy import policy_scope, set_policy
+from keras_mp.training import Model
 
 __all__ = [
     "ExportReport",
     "Hardware",
     "LossScaleOptimizer",
+    "Model",
     "activations",
     "detect",
     "errors",
