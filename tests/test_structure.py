@@ -39,6 +39,7 @@ ORDER = [
     "tune",
     "plan",
     "export",
+    "launch",
     "cli",
 ]
 
