@@ -5,6 +5,7 @@ one will not do; `tests/test_backend.py` fails with the name in its message when
 """
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import os
@@ -18,12 +19,18 @@ from keras_mp.errors import MissingTensorFlowError
 __all__ = [
     "auto_config",
     "autocasts",
+    "build",
+    "call",
     "call_before_training",
     "compile_arguments",
+    "compute_loss",
     "in_xla_context",
     "inner_layers",
+    "is_default_strategy",
+    "is_functional",
     "layers_by_path",
     "logits_of",
+    "make_function",
     "mask_of",
     "one_device",
     "origin",
@@ -34,8 +41,11 @@ __all__ = [
     "run_through_graph",
     "runtime_started",
     "saving_to_h5",
+    "seed_states",
     "set_auto_config",
     "set_remapper",
+    "share_of_batch",
+    "strategy_of",
     "uncast",
     "with_logits",
     "with_mask",
@@ -137,9 +147,15 @@ from keras.src.backend.common.global_state import get_global_attribute as _savin
 # Inside a layer's call a variable gives its value in the compute dtype; no public name switches that off.
 from keras.src.backend.common.variables import AutocastScope as _AutocastScope  # noqa: E402
 
-# The class of a model made of symbolic tensors: `keras.Model(inputs, outputs)` is one, and so are instances of a class
-# of the user's that is called so, which cannot be told by anything public.
-from keras.src.models import Functional as Functional  # noqa: E402
+# Keras means a replica's losses by its own rows and divides by the number of replicas, and has no way to say otherwise;
+# `share_of_batch` does.
+from keras.src.losses import loss as _loss  # noqa: E402
+
+# `keras.Model(inputs, outputs)` is an instance of this class, which has no public name to inherit from.
+from keras.src.models.functional import Functional as Functional  # noqa: E402
+
+# The rule by which arguments of a model are those of a functional one.
+from keras.src.models.model import functional_init_arguments as _functional_init_arguments  # noqa: E402
 
 # What Keras keeps the arguments of a constructor in.
 from keras.src.saving import serialization_lib as _serialization_lib  # noqa: E402
@@ -158,6 +174,32 @@ from tensorflow.python.eager import record as _record  # noqa: E402
 from tensorflow.python.ops import control_flow_util as _control_flow_util  # noqa: E402
 
 
+def build(model: keras.Model, batch: Any) -> None:
+    """Creates all the variables that training a model needs and that do not exist yet, for data like this batch.
+
+    Keras does so under a strategy only, and in `predict` never.
+
+    Args:
+        model: a Keras model.
+        batch: `(x, y, sample_weight)`, or less, of tensors or arrays.
+    """
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    if y is None:  # metrics and losses are for data that has labels
+        model(keras.tree.map_structure(lambda value: keras.KerasTensor(value.shape, value.dtype), x))
+    else:
+        model._symbolic_build(data_batch=batch)
+
+
+def call(model: keras.Model, x: Any, training: bool) -> Any:
+    """The model's outputs, told whether it trains if it wants to know, which no public name says."""
+    return model(x, training=training) if model._call_has_training_arg else model(x)
+
+
+def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
+    """`model.compute_loss`, also where a subclass overrides it without the argument `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
 def in_xla_context() -> bool:
     """Whether the code that is running now is being traced for XLA.
 
@@ -168,6 +210,23 @@ def in_xla_context() -> bool:
     if tf.executing_eagerly():
         return False
     return bool(_control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def is_functional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether these arguments of a model are the inputs and outputs of a functional one."""
+    return bool(_functional_init_arguments(args, kwargs))
+
+
+def make_function(model: keras.Model, step: Callable[[Any], Any]) -> Any:
+    """What `fit` and `evaluate` call for each batch, or several, of a step on one replica.
+
+    Keras makes it of `train_step` and `test_step` as they are, and no public name takes another step.
+
+    Args:
+        model: a Keras model.
+        step: gets a replica's data, answers with its metrics.
+    """
+    return model._make_function(step)
 
 
 @contextlib.contextmanager
@@ -300,6 +359,16 @@ def runtime_started() -> bool:
     return bool(_context.context()._initialized)
 
 
+def seed_states(model: keras.Model) -> list[keras.Variable]:
+    """The states of a model's random generators; Keras lists them among all its variables only.
+
+    Args:
+        model: a Keras model.
+    """
+    layers = model._flatten_layers()
+    return list({id(seed.state): seed.state for layer in layers for seed in layer._seed_generators}.values())
+
+
 def set_remapper(enabled: bool) -> None:
     """Allows or forbids grappler's fusion of a product with the bias and activation that follow it.
 
@@ -310,6 +379,61 @@ def set_remapper(enabled: bool) -> None:
         enabled: whether the fusion may happen.
     """
     tf.config.optimizer.set_experimental_options({"remapping": enabled})
+
+
+def strategy_of(made: "keras.Model | keras.optimizers.Optimizer") -> tf.distribute.Strategy | None:
+    """The strategy in whose scope a model or an optimizer was made; None for none.
+
+    Of an optimizer Keras does not tell, and of a model only what is in force now if that was made in no scope.
+    """
+    if isinstance(made, keras.Model):
+        return made._distribute_strategy
+    strategy = made._distribution_strategy
+    return strategy if isinstance(strategy, tf.distribute.Strategy) and not is_default_strategy(strategy) else None
+
+
+def is_default_strategy(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy is the one that is in force where there is none, which has no public name."""
+    return isinstance(strategy, _distribute_lib._DefaultDistributionStrategy)
+
+
+# Keras multiplies each mean over a replica's rows, in a loss and in `add_loss`, by one over the number of replicas. The
+# sum is the mean over the whole batch only where all replicas have as many rows. A loss that is a scalar already
+# it takes for a sum, though a function of one's own that answers with a scalar is a mean like the others.
+_share: contextvars.ContextVar[tf.Tensor | None] = contextvars.ContextVar("_share", default=None)
+_keras_scale_loss_for_distribution = _loss.scale_loss_for_distribution
+_keras_reduce_values = _loss.reduce_values
+
+
+def _scale_loss_for_distribution(value: Any) -> Any:
+    share = _share.get()
+    return _keras_scale_loss_for_distribution(value) if share is None else value * tf.cast(share, value.dtype)
+
+
+def _reduce_values(values: Any, sample_weight: Any = None, reduction: str | None = "sum_over_batch_size") -> Any:
+    loss = _keras_reduce_values(values, sample_weight, reduction)
+    is_scalar_mean = tuple(values.shape) == () and reduction not in (None, "none", "sum")
+    return loss if _share.get() is None or not is_scalar_mean else _scale_loss_for_distribution(loss)
+
+
+_loss.scale_loss_for_distribution = _scale_loss_for_distribution
+_loss.reduce_values = _reduce_values
+
+
+@contextlib.contextmanager
+def share_of_batch(share: tf.Tensor | None) -> Iterator[None]:
+    """Inside, the means that Keras takes over a replica's rows are weighted by the share of the batch that those are.
+
+    The sum over replicas is then the mean over the whole batch, also where one has fewer rows than another.
+
+    Args:
+        share: scalar, between 0 and 1; the shares of all replicas add up to 1. None leaves it to Keras.
+    """
+    token = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
 
 
 def uncast(variable: keras.Variable) -> tf.Tensor:

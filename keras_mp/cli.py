@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
+import sys
 from typing import Annotated, Any
 
 import keras
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_mp import hardware
+from keras_mp.launch import launch as launch_workers
 
 __all__ = ["app"]
 
@@ -54,6 +57,23 @@ def doctor(
         typer.echo(json.dumps(_as_json(found, times), indent=2))
     else:
         _print_tables(found, times)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def launch(
+    script: Annotated[str, typer.Argument(help="A Python script; with --module, the name of a module.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What the script gets.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many processes to start on this machine.")] = 2,
+    module: Annotated[bool, typer.Option("--module", "-m", help="Run a module, as `python -m` does.")] = False,
+) -> None:
+    """Run a training script as several workers on this machine, which `keras_mp.strategy()` then connects.
+
+    Their output is passed on with their number before it. When one fails the others are ended too.
+    """
+    if not module and not os.path.isfile(script):
+        raise typer.BadParameter(f"There is no file {script!r}. Name a Python script, or a module after --module.")
+    command = [sys.executable, *(["-m"] if module else []), script, *(arguments or [])]
+    raise typer.Exit(launch_workers(command, workers))
 
 
 def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> dict[str, Any]:

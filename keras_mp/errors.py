@@ -6,6 +6,9 @@ KerasMPError
 ├── PolicyError (ValueError)               a dtype policy that does not exist
 ├── ArgumentError (ValueError)             an argument that no optimizer, layer or function here can work with
 ├── ConversionError (ValueError)           a model that cannot be converted to another dtype policy
+├── DistributionError (ValueError)         a strategy, cluster or batch that replicas cannot work with
+├── WorkerLostError (RuntimeError)         another worker of a multi-worker job does not answer any more
+├── CompilationError (RuntimeError)        XLA cannot compile a layer
 ├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
 └── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
 ```
@@ -17,13 +20,16 @@ message says what was given, what was expected, and what to type instead. Beside
 
 __all__ = [
     "ArgumentError",
+    "CompilationError",
     "ConversionError",
+    "DistributionError",
     "ExportError",
     "KerasMPError",
     "KerasMPWarning",
     "LossScaleStuckError",
     "MissingTensorFlowError",
     "PolicyError",
+    "WorkerLostError",
 ]
 
 
@@ -49,6 +55,18 @@ class ArgumentError(KerasMPError, ValueError):
 
 class ConversionError(KerasMPError, ValueError):
     """A model cannot be converted to another dtype policy."""
+
+
+class DistributionError(KerasMPError, ValueError):
+    """A strategy, a cluster or a batch that replicas cannot work with."""
+
+
+class WorkerLostError(KerasMPError, RuntimeError):
+    """Another worker of a multi-worker job does not answer any more."""
+
+
+class CompilationError(KerasMPError, RuntimeError):
+    """XLA cannot compile a layer of a model."""
 
 
 class LossScaleStuckError(KerasMPError, RuntimeError):

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -25,11 +26,14 @@ __all__ = [
     "Hardware",
     "ProductTimes",
     "detect",
+    "detect_for",
     "fast_dtypes",
+    "in_use",
     "measure",
     "parse_cpuinfo",
     "parse_sysctl",
     "recommend",
+    "remember",
 ]
 
 # CPU features with a bearing on 16-bit arithmetic, as Linux spells them; the words are for people.
@@ -46,6 +50,9 @@ _BUDGET_SECONDS = 0.3
 
 # What TensorFlow logs when a session is made, and once for float16 on a CPU without instructions for it.
 _LOG_LINES = ("absl::InitializeLog()", "mlir_graph_optimization_pass.cc:", "oneDNN supports DT_HALF only")
+
+
+_remembered: "Callable[[], tf.distribute.Strategy | None]" = lambda: None  # noqa: E731
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +235,44 @@ def detect() -> Hardware:
     True
     """
     return recommend((_cpu(), *_gpus(), *_tpus()), onednn=_onednn_enabled())
+
+
+def detect_for(strategy: "tf.distribute.Strategy | None") -> Hardware:
+    """What `detect()` finds, of the devices that a strategy trains on.
+
+    Args:
+        strategy: None, or one that leaves the choice of the device to TensorFlow, for all devices here.
+
+    Returns:
+        A `Hardware`, recommended for these devices. The CPU is among them in any case, as it is in every machine.
+
+    Example:
+    >>> import tensorflow as tf
+    >>> detect_for(tf.distribute.OneDeviceStrategy("CPU:0")).accelerators
+    ()
+    """
+    found = detect()
+    if strategy is None or backend.is_default_strategy(strategy):
+        return found
+    specs = [tf.DeviceSpec.from_string(device) for device in strategy.extended.worker_devices]
+    kinds = {(spec.device_type or "CPU").lower() for spec in specs}
+    devices = [device for device in found.devices if device.kind == "cpu" or device.kind in kinds]
+    return recommend(devices, onednn=_onednn_enabled())
+
+
+def remember(strategy: "tf.distribute.Strategy") -> None:
+    """Makes `in_use` answer for a strategy as long as there is one.
+
+    Args:
+        strategy: the one that training is going to use.
+    """
+    global _remembered
+    _remembered = weakref.ref(strategy)
+
+
+def in_use() -> Hardware:
+    """What `detect_for` finds for the strategy whose scope this is, or else for the one remembered."""
+    return detect_for(tf.distribute.get_strategy() if tf.distribute.has_strategy() else _remembered())
 
 
 def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:

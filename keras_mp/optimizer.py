@@ -41,6 +41,7 @@ _OWN_ARGUMENTS: dict[str, Any] = {
     "max_consecutive_skips": 50,
     "dynamic": True,
     "jit_compile": "auto",
+    "reduce_dtype": "float32",
 }
 _OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
 
@@ -82,6 +83,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         jit_compile: whether XLA compiles the update of the weights, which then takes one pass over them instead of one
             for each operation; nothing else of the step is touched. "auto" does so where it pays: see
             `jit_compile_reason`.
+        reduce_dtype: the dtype in which replicas and workers add up their gradients. "bfloat16" or "float16" send half
+            as much, and round each replica's gradient and the sums to 8 or 11 bits. In float16 the gradients are added
+            up as they are, scaled, for its range; the scale then makes room for the sum.
         name: the optimizer's name.
 
     Raises:
@@ -126,6 +130,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         max_consecutive_skips: int = 50,
         dynamic: bool = True,
         jit_compile: "bool | str" = "auto",
+        reduce_dtype: str = "float32",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -156,10 +161,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "`max_consecutive_skips` must be an integer of at least 1. Received: "
                 f"max_consecutive_skips={max_consecutive_skips!r}"
             )
+        if reduce_dtype not in ("float32", "bfloat16", "float16"):
+            raise ArgumentError(
+                f'`reduce_dtype` must be "float32", "bfloat16" or "float16". Received: reduce_dtype={reduce_dtype!r}'
+            )
         super().__init__(
             inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, name=name, **kwargs
         )
         self.max_consecutive_skips = max_consecutive_skips
+        self.reduce_dtype = reduce_dtype
         self._scaling = scaling
         self._update = WeightUpdate(inner_optimizer, jit_compile)
         # What `scale_loss` saw, for the `apply` of the same step: whether the loss was finite, and that it was called.
@@ -359,6 +369,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             **dataclasses.asdict(self._scaling),
             "max_consecutive_skips": self.max_consecutive_skips,
             "jit_compile": self.jit_compile,
+            "reduce_dtype": self.reduce_dtype,
         }
         config.update({name: own[name] for name, default in _OWN_ARGUMENTS.items() if own[name] != default})
         return config
@@ -420,13 +431,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         scale = self._state().scale
         replaced = [replaces_variable(v) for v in variables]
-        bad_losses = tf.where(loss_finite, 0.0, 1.0)
-        *sums, bad_losses = distribution.sum_over_replicas(
-            [
-                *(None if g is None or over else unscale(g, scale) for g, over in zip(grads, replaced, strict=True)),
-                bad_losses,
-            ]
-        )
+        scaled = self.reduce_dtype == "float16"  # unscaled, it would underflow
+        given = [
+            None if g is None or over else _as_dtype(g if scaled else unscale(g, scale), self.reduce_dtype)
+            for g, over in zip(grads, replaced, strict=True)
+        ]
+        *sums, bad_losses = distribution.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
+        if self.reduce_dtype != "float32":
+            sums = [None if s is None else unscale(s, scale if scaled else tf.ones([])) for s in sums]
         for index, (gradient, over) in enumerate(zip(grads, replaced, strict=True)):
             if over and gradient is not None:
                 # The history of largest values, and a scale that grows with them: the global batch has their maximum.
@@ -473,6 +485,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 raise make_error(*(fact.numpy() for fact in facts))
         elif not backend.in_xla_context():
             tf.cond(stuck, lambda: backend.raise_from_graph(make_error, facts), tf.no_op)
+
+
+def _as_dtype(gradient: "tf.Tensor | tf.IndexedSlices", dtype: str) -> "tf.Tensor | tf.IndexedSlices":
+    if dtype == "float32":
+        return gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
+    return tf.cast(gradient, dtype)
 
 
 def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:

@@ -44,9 +44,9 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     own `dtype` argument are not seen here: set the option to False for them.
 
     Args:
-        policy: `"auto"` for what `keras_mp.detect()` recommends; `"mixed_bfloat16"`, `"mixed_float16"` or any other
-            name Keras has for a floating-point policy; a `keras.DTypePolicy`, or a `keras_mp.PolicyMap` with
-            policies for single layers.
+        policy: `"auto"` for what `keras_mp.detect()` recommends, of the devices of the strategy whose scope this is or
+            that `keras_mp.strategy` made last; `"mixed_bfloat16"`, `"mixed_float16"` or any other name Keras has for
+            a floating-point policy; a `keras.DTypePolicy`, or a `keras_mp.PolicyMap` with policies for single layers.
 
     Returns:
         The policy now in force.
@@ -79,7 +79,7 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     Raises:
         PolicyError: as `set_policy` does.
     """
-    here = hardware.detect()
+    here = hardware.in_use()
     automatic = isinstance(policy, str) and policy == "auto"
     wanted = _resolve(here.recommended_policy if automatic else policy)
     if not automatic:

@@ -163,7 +163,7 @@ class Rebuild:
     def _copy_attributes(self, layer: keras.Layer, copy: keras.Layer, path: str) -> None:
         of_keras = set(vars(copy))
         for name, value in vars(layer).items():
-            if name in _set_by_compile() or name.startswith("_self_"):  # the latter is what TensorFlow keeps
+            if name in _kept_by_libraries():
                 continue
             if name not in of_keras:
                 if isinstance(value, keras.optimizers.Optimizer):
@@ -283,15 +283,14 @@ def _unmade(cls: Any) -> Any:
 
 
 @functools.cache
-def _set_by_compile() -> frozenset[str]:
-    """The attributes that `compile` and `fit` keep on a model: what they are is Keras's own business."""
+def _kept_by_libraries() -> frozenset[str]:
+    """The attributes that `compile` and `fit`, and TensorFlow for its checkpoints, keep on a model for themselves."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    before = set(vars(model))
-    values = {name: vars(model)[name] for name in before}
+    before = dict(vars(model))
     model.compile("sgd", "mse", metrics=["mse"], jit_compile=False)
-    changed = {name for name in before if vars(model)[name] is not values[name]}
-    functions = {"train_function", "test_function", "predict_function"}
-    return frozenset((set(vars(model)) - before) | changed | functions)
+    compiled = {name for name, value in vars(model).items() if name not in before or before[name] is not value}
+    of_tensorflow = {name for name in before if name.startswith("_self_")}
+    return frozenset(compiled | of_tensorflow | {"train_function", "test_function", "predict_function"})
 
 
 @contextlib.contextmanager

@@ -603,3 +603,80 @@ def test_two_optimizers_in_one_step_have_a_scale_each(jit_compile):
         np.testing.assert_allclose([generator.numpy(), discriminator.numpy()], [[weight], [other_weight]], atol=1e-4)
         assert (float(ours.loss_scale), float(theirs.loss_scale)) == (scale, other_scale)
         assert (int(ours.skipped_steps), int(theirs.skipped_steps)) == (skipped, other_skipped)
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_gradients_added_up_in_16_bits_cost_no_more_than_their_rounding(dtype, bits, replicas, mirrored):
+    """One step of SGD at rate 1 shows the gradient: each replica's is rounded, and each partial sum."""
+    x = np.random.default_rng(5).normal(size=(BATCH, 4)).astype("float32")
+    steps = {}
+    for name in ("float32", dtype):
+        loop = Loop(mirrored(replicas), lambda: keras.optimizers.SGD(1.0), reduce_dtype=name)
+        before = [v.numpy() for v in loop.variables]
+        loop.step(x)
+        steps[name] = [old - v.numpy() for old, v in zip(before, loop.variables, strict=True)]
+    for exact, rounded in zip(steps["float32"], steps[dtype], strict=True):
+        assert (exact != rounded).any()
+        # Parts of the sum may be larger than the sum itself, so what is lost is measured against the largest.
+        np.testing.assert_allclose(rounded, exact, atol=replicas * 2.0**-bits * np.abs(exact).max() * 2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_with_gradients_added_up_in_16_bits_ends_where_float32_does(dtype, mirrored):
+    losses = {}
+    batches = np.random.default_rng(6).normal(size=(60, BATCH, 4)).astype("float32")
+    for name in ("float32", dtype):
+        loop = Loop(mirrored(2), lambda: keras.optimizers.SGD(0.05, momentum=0.9), reduce_dtype=name, dynamic=False)
+        for x in batches:
+            loop.step(x)
+        y = np.tanh(batches[0] @ loop.kernel.numpy() + loop.bias.numpy())
+        losses[name] = np.mean((y - batches[0][:, :3]) ** 2)
+        assert int(loop.optimizer.skipped_steps) == 0
+        assert_copies_agree(loop.variables, 2)
+    np.testing.assert_allclose(losses[dtype], losses["float32"], rtol=0.01)
+
+
+def test_gradients_too_small_for_float16_are_added_up_in_it_scaled(mirrored):
+    """2^-30 underflows in float16; times the scale it does not."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weight = keras.Variable(0.0)
+        optimizer = keras_mp.LossScaleOptimizer(
+            keras.optimizers.SGD(1.0), initial_scale=2.0**15, reduce_dtype="float16"
+        )
+        optimizer.build([weight])
+
+    def on_replica():
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(weight.value * 2.0**-30)
+        optimizer.apply([tape.gradient(loss, weight.value)], [weight])
+
+    tf.function(lambda: strategy.run(on_replica))()
+    assert float(weight.numpy()) == -(2.0**-29)
+
+
+def test_a_sum_that_overflows_float16_skips_the_step_everywhere(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        weight = keras.Variable(0.0)
+        optimizer = keras_mp.LossScaleOptimizer(
+            keras.optimizers.SGD(1.0), initial_scale=2.0**15, reduce_dtype="float16"
+        )
+        optimizer.build([weight])
+
+    def on_replica():
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(weight.value * 1.5)
+        optimizer.apply([tape.gradient(loss, weight.value)], [weight])
+
+    tf.function(lambda: strategy.run(on_replica))()
+    assert (float(optimizer.loss_scale), int(optimizer.skipped_steps), float(weight.numpy())) == (2.0**14, 1, 0.0)
+
+
+def test_another_reduce_dtype_is_refused_and_the_config_keeps_it():
+    with pytest.raises(ArgumentError, match=r'`reduce_dtype` must be "float32".*Received: reduce_dtype=.int8'):
+        keras_mp.LossScaleOptimizer("sgd", reduce_dtype="int8")
+    optimizer = keras_mp.LossScaleOptimizer("sgd", reduce_dtype="bfloat16")
+    assert type(optimizer).from_config(optimizer.get_config()).reduce_dtype == "bfloat16"
+    assert "reduce_dtype" not in keras_mp.LossScaleOptimizer("sgd").get_config()

@@ -23,7 +23,9 @@ ORDER = [
     "hardware",
     "policy_map",
     "policy",
+    "cluster",
     "distribution",
+    "workers",
     "fusion",
     "activations",
     "layers",
@@ -31,6 +33,7 @@ ORDER = [
     "loss_scale",
     "update",
     "optimizer",
+    "forward_backward",
     "training",
     "rebuild",
     "convert",
@@ -39,6 +42,7 @@ ORDER = [
     "tune",
     "plan",
     "export",
+    "launch",
     "cli",
 ]
 

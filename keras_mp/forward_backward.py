@@ -1,0 +1,198 @@
+"""The forward and backward pass of a Keras model as a function without side effects, which XLA can compile.
+
+Under a strategy XLA cannot compile what reads or writes the variables of several devices, nor what talks to other
+replicas. So a replica's pass gets the values of the variables, and answers with gradients and with the new values of
+what the layers changed. Who called it adds up over replicas and assigns.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend
+
+__all__ = ["ForwardBackward", "Pass"]
+
+# Large and without a pattern, so that replicas' seeds stay apart from those of neighbouring layers.
+_SEED_STRIDE = 0x1E3779B9
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one replica's pass over its rows gave.
+
+    Args:
+        loss: float32 scalar, this replica's share of the loss: the sum over replicas is that of the whole batch. None
+            where only outputs were asked for.
+        gradients: one for each trainable variable of the model, of the loss times the scale; None where there is none.
+        outputs: the model's outputs, with their masks.
+        state: pairs of a variable that the layers assigned to, and its new value.
+    """
+
+    loss: tf.Tensor | None
+    gradients: list[Any]
+    outputs: Any
+    state: list[tuple[keras.Variable, tf.Tensor]]
+
+
+class ForwardBackward:
+    """A model's pass over a batch, with or without gradients, compiled by XLA if asked for.
+
+    Args:
+        model: a built Keras model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._assigned: dict[str, keras.Variable] = {}
+        self._compiled = tf.function(self._run, jit_compile=True, autograph=False, reduce_retracing=True)
+
+    def __call__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        training: bool,
+        jit_compile: bool,
+        scale: tf.Tensor | None = None,
+        share: tf.Tensor | None = None,
+        only_outputs: bool = False,
+    ) -> Pass:
+        """Runs the pass. Call it in a replica context, or without a strategy.
+
+        Args:
+            x: this replica's rows, as in `fit`.
+            y: their labels.
+            sample_weight: their weights.
+            training: whether the layers train.
+            jit_compile: whether XLA compiles the pass.
+            scale: scalar that the loss is multiplied by before its gradients are taken; None takes no gradients.
+            share: scalar, this replica's share of the batch's rows; None without other replicas.
+            only_outputs: whether to compute no loss.
+        """
+        values = [tf.convert_to_tensor(variable.value) for variable in self._variables()]
+        seeds = _replica_seed()
+        arguments = (x, y, sample_weight, values, seeds, scale, share)
+        settings: dict[str, Any] = {"training": training, "only_outputs": only_outputs}
+        if jit_compile and not backend.in_xla_context() and not tf.executing_eagerly():
+            if self._talks_to_other_replicas():
+                # What lies between the collectives is compiled, the collectives are not.
+                with tf.xla.experimental.jit_scope():
+                    found = self._run(*arguments, **settings)
+            else:
+                found = self._compiled(*arguments, **settings)
+        else:
+            found = self._run(*arguments, **settings)
+        outputs = keras.tree.map_structure(_with_attachments, found["outputs"], found["masks"], found["logits"])
+        state = [(self._assigned[key], value) for key, value in found["state"].items()]
+        return Pass(found["loss"], found["gradients"], outputs, state)
+
+    def synchronized_layers(self) -> list[str]:
+        """The names of the layers whose forward pass adds up over replicas."""
+        return [layer.name for layer in self._model._flatten_layers() if getattr(layer, "synchronized", False)]
+
+    def _variables(self) -> list[keras.Variable]:
+        # Metrics that layers or `compute_loss` update are state like any other.
+        return list({id(v): v for v in [*self._model.variables, *self._model.metrics_variables]}.values())
+
+    def _talks_to_other_replicas(self) -> bool:
+        return tf.distribute.has_strategy() and bool(self.synchronized_layers())
+
+    def _run(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        values: list[tf.Tensor],
+        seeds: tf.Tensor | None,
+        scale: tf.Tensor | None,
+        share: tf.Tensor | None,
+        training: bool,
+        only_outputs: bool,
+    ) -> dict[str, Any]:
+        model = self._model
+        loss: Any = None
+        gradients: list[Any] = []
+        variables, trainable = self._variables(), model.trainable_variables
+        random = {id(seed) for seed in backend.seed_states(model)} if seeds is not None else set()
+        own = [
+            value + tf.cast(seeds, value.dtype) if id(variable) in random else value
+            for variable, value in zip(variables, values, strict=True)
+        ]
+        tape = tf.GradientTape() if scale is not None else contextlib.nullcontext()
+        with tape, _State(zip(variables, own, strict=True), trainable, tape) as state, backend.share_of_batch(share):
+            outputs = backend.call(model, x, training)
+            if not only_outputs:
+                loss = backend.compute_loss(model, x, y, outputs, sample_weight, training)
+                loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)
+            if scale is not None:
+                scaled = loss * tf.cast(scale, loss.dtype)
+        if scale is not None:
+            gradients = state.gradients(tape, scaled)
+        new = {}
+        for variable, value in state.assigned.values():
+            self._assigned[str(id(variable))] = variable
+            new[str(id(variable))] = value - tf.cast(seeds, value.dtype) if id(variable) in random else value
+        return {
+            "loss": loss,
+            "gradients": gradients,
+            "outputs": outputs,
+            # A tensor that leaves a compiled function keeps nothing of what Keras attaches to it.
+            "masks": keras.tree.map_structure(backend.mask_of, outputs),
+            "logits": keras.tree.map_structure(backend.logits_of, outputs),
+            "state": new,
+        }
+
+
+class _State(keras.StatelessScope):
+    """Variables' values while a pass runs, and what was assigned to them."""
+
+    def __init__(self, mapping: Any, trainable: Sequence[keras.Variable], tape: Any) -> None:
+        super().__init__(mapping, collect_losses=True)
+        self.assigned: dict[int, tuple[keras.Variable, tf.Tensor]] = {}
+        self._tape = tape if isinstance(tape, tf.GradientTape) else None
+        self._leaves: dict[int, list[tf.Tensor]] = {}
+        if self._tape is not None:
+            for variable in trainable:
+                self._watch(variable, self.state_mapping[id(variable)])
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Notes an assignment in the place of doing it."""
+        variable, value = update
+        if id(variable) in self._leaves:
+            # A weight that a layer assigned to, as spectral normalization does, is a new start for gradients: they are
+            # those to the variable, whichever value it had when it was read.
+            value = tf.stop_gradient(value)
+            self._watch(variable, value)
+        self.assigned[id(variable)] = (variable, value)
+        super().add_update((variable, value))
+
+    def _watch(self, variable: keras.Variable, value: tf.Tensor) -> None:
+        assert self._tape is not None
+        self._tape.watch(value)
+        self._leaves.setdefault(id(variable), []).append(value)
+
+    def gradients(self, tape: tf.GradientTape, target: tf.Tensor) -> list[Any]:
+        """The gradients to the trainable variables, in their order; None where there is none."""
+        found = tape.gradient(target, list(self._leaves.values()))
+        given = [[part for part in parts if part is not None] for parts in found]
+        return [parts[0] if len(parts) == 1 else tf.add_n(parts) if parts else None for parts in given]
+
+
+def _replica_seed() -> tf.Tensor | None:
+    """What this replica adds to the seeds, so that its random numbers are not the others'; None for one replica."""
+    if not tf.distribute.has_strategy() or tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return None
+    replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
+    return tf.stack([replica * _SEED_STRIDE, tf.zeros_like(replica)])
+
+
+def _with_attachments(tensor: Any, mask: Any, logits: Any) -> Any:
+    if mask is not None:
+        tensor = backend.with_mask(tensor, mask)
+    return tensor if logits is None else backend.with_logits(tensor, logits)
