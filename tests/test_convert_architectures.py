@@ -119,7 +119,7 @@ def awake(model, x):
 
 
 def squares(scale, prediction):
-    return tf.reduce_mean(tf.square(tf.cast(prediction, tf.float32) / scale))
+    return tf.reduce_mean(tf.square(tf.cast(prediction, tf.float32) / tf.reduce_max(scale)))
 
 
 def error(answers, expected):
