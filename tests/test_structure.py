@@ -133,6 +133,8 @@ def test_every_module_lists_what_it_defines_for_others(name):
     assert set(module.__all__) == defined
 
 
+# Whether a policy gains something is the hardware's to say; the examples run on all of it.
+@pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)
@@ -148,20 +150,14 @@ def test_what_is_public_has_a_docstring_with_its_arguments(name):
     assert any(section in text for section in ("Args:", "Returns:", "Attributes:"))
 
 
-def test_importing_the_package_costs_little_more_than_importing_keras():
-    # The one time that a test asserts: an import of something heavy would add half a second or more to every program of
-    # every user. The quickest of three tells what the code needs. Keras itself imports rich, where it is installed.
+def test_importing_the_package_imports_nothing_but_itself_beside_keras():
+    # What a heavy import costs, every program of every user pays.
     code = (
-        "import sys, time, keras\n"
-        "start = time.perf_counter()\n"
+        "import sys, keras\n"
+        "before = set(sys.modules)\n"
         "import keras_mp\n"
-        "print(time.perf_counter() - start)\n"
-        "print(sorted({'typer', 'tensorflow_datasets', 'examples'} & set(sys.modules)))\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names)))\n"
     )
-    times = []
-    for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds, heavy = run.stdout.splitlines()
-        assert heavy == "[]"
-        times.append(float(seconds))
-    assert min(times) < 0.2
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "['keras_mp']\n"
