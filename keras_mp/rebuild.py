@@ -114,13 +114,18 @@ class Rebuild:
             config = {**layer.get_config(), **choice.arguments}
         except NotImplementedError:
             return None  # a class of the user's without one
+        if isinstance(layer, keras.layers.Lambda):
+            return None  # whose Python code Keras makes again only where files are trusted
         if "dtype" in config:
-            config["dtype"] = choice.policy
+            # As a file has it: made from an object, a layer without a `get_config` of its own cannot be saved again.
+            config["dtype"] = keras.dtype_policies.serialize(choice.policy)
         # Layers that were given to the constructor are copied by us, not by Keras from their configuration.
         given = {key: getattr(layer, key) for key in config if _holds_layers(getattr(layer, key, None))}
         try:
             if given:
                 config |= {key: self._value(value, path) for key, value in given.items()}
+                if "dtype" in config:
+                    config["dtype"] = choice.policy
                 copy = choice.cls(**config)
             else:
                 copy = choice.cls.from_config(config)

@@ -559,3 +559,36 @@ def test_float16_without_our_optimizer_is_told_when_a_model_is_compiled():
         model.compile(keras_mp.LossScaleOptimizer("adam"), "mse")
         small("mixed_bfloat16", optimizer="adam")
         small(keras_mp.PolicyMap("mixed_bfloat16"), optimizer="adam")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Doubling(keras.layers.Layer):
+    """Of which Keras makes the configuration, from the arguments."""
+
+    def call(self, inputs):
+        return 2 * inputs
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "float32", "activity_regularizer": None}])
+def test_a_layer_without_a_configuration_of_its_own_is_saved_after_it_was_converted(tmp_path, arguments):
+    model = keras.Sequential([keras.Input((4,)), Doubling(**arguments), keras.layers.Dense(2)])
+    mixed = keras_mp.convert(model, "mixed_bfloat16")
+    mixed.save(tmp_path / "mixed.keras")
+    loaded = keras_mp.load_model(tmp_path / "mixed.keras")
+    assert loaded.layers[0].compute_dtype == "bfloat16"
+    x = normal(3, 4)
+    np.testing.assert_array_equal(loaded(x), mixed(x))
+
+
+def add(x, k=1):
+    return x + k
+
+
+def test_lambda_layers_need_no_trust_in_memory():
+    lambdas = [keras.layers.Lambda(lambda x: x * 2), keras.layers.Lambda(add, arguments={"k": 3}, output_shape=(4,))]
+    model = keras.Sequential([keras.Input((4,)), *lambdas, keras.layers.Dense(2)])
+    x = normal(3, 4)
+    mixed = keras_mp.convert(model, "mixed_bfloat16")
+    assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 3
+    np.testing.assert_allclose(mixed(x), model(x), atol=2e-2 * np.abs(model(x)).max())  # bfloat16's roundings
+    np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(x), model(x))
