@@ -1,11 +1,19 @@
 """The `keras-mp` command: parses, asks the other modules, prints."""
 
+import collections
+import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
+import re
 import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import keras
@@ -15,8 +23,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from keras_mp import hardware
+from keras_mp import backend, hardware
+from keras_mp.convert import convert as convert_model
+from keras_mp.errors import KerasMPError, KerasMPWarning
 from keras_mp.launch import launch as launch_workers
+from keras_mp.loading import load_model
+from keras_mp.policy_map import PolicyMap
 
 __all__ = ["app"]
 
@@ -74,6 +86,118 @@ def launch(
         raise typer.BadParameter(f"There is no file {script!r}. Name a Python script, or a module after --module.")
     command = [sys.executable, *(["-m"] if module else []), script, *(arguments or [])]
     raise typer.Exit(launch_workers(command, workers))
+
+
+@app.command()
+def convert(
+    source: Annotated[pathlib.Path, typer.Argument(help="A .keras file.")],
+    target: Annotated[pathlib.Path, typer.Argument(help="The .keras file to write.")],
+    policy: Annotated[str, typer.Option(help="A dtype policy, or auto: what `keras-mp doctor` recommends.")] = "auto",
+    float32: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave layers whose path matches in float32, as '.*/logits'. Repeatable."),
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import a module that registers custom layers. Repeatable."),
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the Python code that a file with Lambda layers holds.")
+    ] = (False),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET where it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every layer as JSON, for programs.")] = False,
+) -> None:
+    """Convert a saved model to another dtype policy: the same function, weights and state of the optimizer."""
+    if target.suffix != ".keras":
+        raise typer.BadParameter(f"TARGET must end in .keras, the format that keeps everything. Received: {target}")
+    if target.exists() and not overwrite:
+        raise typer.BadParameter(f"{target} exists. Name another file, or add --overwrite.")
+    _import_modules(modules or [])
+    with _in_words() as told:
+        model = load_model(source, safe_mode=not trust)
+        if float32:
+            chosen = hardware.detect().recommended_policy if policy == "auto" else policy
+            converted = convert_model(model, PolicyMap(chosen, dict.fromkeys(float32, "float32")))
+        else:
+            converted = convert_model(model, policy)
+        with tempfile.TemporaryDirectory(dir=_folder(target), prefix=f".{target.stem}-") as folder:
+            written = pathlib.Path(folder) / target.name
+            converted.save(written)
+            os.replace(written, target)
+    layers = _layers_before_and_after(model, converted)
+    if as_json:
+        typer.echo(json.dumps({"path": str(target), "layers": layers, "warnings": told}, indent=2))
+        return
+    counts = collections.Counter((each["was"], each["is"], each["compute_dtype"]) for each in layers)
+    table = Table("layers", "were", "are", "compute in")
+    for (was, now, dtype), count in counts.items():
+        table.add_row(str(count), was, now, dtype)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for message in told:
+        console.print(message, markup=False)
+    console.print(f"Wrote {target}.", markup=False)
+
+
+def _import_modules(names: list[str]) -> None:
+    sys.path.insert(0, os.getcwd())  # which Python itself does, but not for an installed command
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise typer.BadParameter(
+                f"--import {name}: {error}. Run the command where `import {name}` works."
+            ) from error
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"There is no folder {path.parent}. Make it first.")
+    return path.parent
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[list[str]]:
+    """Ends the command on an error of ours with its message alone, and collects our warnings."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", KerasMPWarning)
+        try:
+            yield told
+        except KerasMPError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except (TypeError, ValueError) as error:  # what Keras raises for files that need something from the user
+            missing = re.search("Could not locate (class|function) '[^']*'", str(error))
+            if missing:
+                typer.echo(f"Error: {missing[0]}. Name the module that registers it: --import MODULE.", err=True)
+            elif "safe_mode" in str(error):
+                typer.echo("Error: The file holds Python code. Add --trust if you know where it comes from.", err=True)
+            else:
+                raise
+            raise typer.Exit(1) from error
+        told += [str(each.message) for each in caught]
+
+
+def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list[dict[str, str]]:
+    """What became of each layer that holds no others; what was added, as the cast of an output, was nothing."""
+    before = backend.layers_by_path(model)
+    return [
+        {
+            "path": path,
+            "was": _class_name(before[path]) if path in before else "-",
+            "is": _class_name(layer),
+            "compute_dtype": layer.compute_dtype,
+        }
+        for path, layer in backend.layers_by_path(converted).items()
+        if not backend.inner_layers(layer) and not isinstance(layer, keras.layers.InputLayer)
+    ]
+
+
+def _class_name(layer: keras.Layer) -> str:
+    package = type(layer).__module__.split(".")[0]
+    return f"{package}.{type(layer).__name__}" if package == "keras_mp" else type(layer).__name__
 
 
 def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> dict[str, Any]:

@@ -95,6 +95,95 @@ def test_every_kind_of_device_has_its_row(device, words, capsys):
     assert [cell.strip() for cell in row.strip("│").split("│")] == [device.kind.upper(), device.name, words]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A float32 model in a file, with a layer of the user's, and a module that registers it."""
+    folder = tmp_path_factory.mktemp("convert")
+    (folder / "layers_of_mine.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Doubling(keras.layers.Layer):\n"
+        "    def call(self, inputs):\n"
+        "        return 2 * inputs\n"
+    )
+    program = (
+        "import keras, numpy as np, layers_of_mine\n"
+        "x = keras.Input((4,))\n"
+        "y = layers_of_mine.Doubling()(keras.layers.LayerNormalization(name='norm')(x))\n"
+        "y = keras.layers.Dense(2, name='logits')(keras.layers.Dense(3, name='hidden')(y))\n"
+        "model = keras.Model(x, y, name='net')\n"
+        "model.compile('adam', 'mse')\n"
+        "model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)\n"
+        "model.save('net.keras')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_convert_writes_the_model_under_the_policy(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    result = run("convert", "net.keras", "mixed.keras", "--policy", "mixed_float16", "--import", "layers_of_mine")
+    assert result.exit_code == 0
+    rows = [line.strip("│").split("│") for line in result.output.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["1", "LayerNormalization", "keras_mp.LayerNormalization", "float16"],
+        ["1", "Doubling", "Doubling", "float16"],
+        ["1", "Dense", "Dense", "float16"],
+        ["1", "Dense", "keras_mp.Head", "float16"],
+    ]
+    assert "Wrote mixed.keras." in result.output
+    mixed = keras_mp.load_model("mixed.keras")
+    assert isinstance(mixed.optimizer, keras_mp.LossScaleOptimizer)
+    assert int(mixed.optimizer.iterations) == 1
+    stock = keras.saving.load_model("net.keras")
+    for weight, other in zip(mixed.trainable_variables, stock.trainable_variables, strict=True):
+        np.testing.assert_array_equal(weight, other)
+    assert {entry.name for entry in trained.iterdir() if entry.suffix == ".keras"} == {"net.keras", "mixed.keras"}
+    assert not [entry for entry in trained.iterdir() if entry.name.startswith(".")]
+
+
+def test_convert_pins_by_pattern_and_tells_programs_all(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    (trained / "there.keras").write_bytes(b"")
+    pins = ("--float32", "net/hidden", "--float32", "net/lgits")
+    command = ("convert", "net.keras", "there.keras", "--policy", "mixed_bfloat16", *pins, "--import", "layers_of_mine")
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "there.keras exists" in refused.output
+    told = json.loads(run(*command, "--overwrite", "--json").output)
+    dtypes = {layer["path"]: layer["compute_dtype"] for layer in told["layers"]}
+    assert dtypes["net/hidden"] == "float32"
+    assert dtypes["net/norm"] == dtypes["net/logits"] == "bfloat16"
+    assert any("'net/lgits' matches no layer" in message and "'net/logits'" in message for message in told["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("missing.keras", "out.keras"), 1, "There is no file 'missing.keras'"),
+        (("net.keras", "out.h5"), 2, "must end in .keras"),
+        (("net.keras", "nowhere/out.keras"), 2, "There is no folder nowhere"),
+        (("net.keras", "out.keras", "--policy", "mixed_flot16", "--import", "layers_of_mine"), 1, "mixed_float16"),
+        (("net.keras", "out.keras", "--import", "layers_of_yours"), 2, "No module named 'layers_of_yours'"),
+        (("lambda.keras", "out.keras"), 1, "--trust"),
+    ],
+)
+def test_convert_says_what_is_missing(trained, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(trained)
+    keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x + 1)]).save("lambda.keras")
+    result = run("convert", *arguments)
+    assert (result.exit_code, result.exception.__class__) == (code, SystemExit)
+    assert words in " ".join(result.output.replace("│", "").split())
+    assert not (trained / "out.keras").exists()
+
+
+def test_convert_names_the_class_that_is_not_imported(trained):
+    command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "convert", "net.keras", "out.keras"]
+    ran = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "Could not locate class 'Doubling'. Name the module that registers it: --import MODULE." in ran.stderr
+
+
 def test_doctor_is_quiet():
     environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
     command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "doctor", "--json"]
