@@ -12,7 +12,7 @@ import numpy as np
 from keras_mp import activations, backend, layers
 from keras_mp.errors import ConversionError, KerasMPWarning
 from keras_mp.optimizer import LossScaleOptimizer
-from keras_mp.policy import chosen_policy, needs_loss_scaling
+from keras_mp.policy import chosen_policy, needs_loss_scaling, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
 
@@ -423,4 +423,4 @@ def _warn(converted: keras.Model, wanted: keras.DTypePolicy, left: Mapping[type,
             hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
             messages.append(f"The pattern {pattern!r} matches no layer of {converted.name!r}.{hint}")
     for message in messages:
-        warnings.warn(message, KerasMPWarning, stacklevel=3)
+        warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())

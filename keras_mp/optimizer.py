@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, sum_of_squares
-from keras_mp.policy import needs_loss_scaling
+from keras_mp.policy import needs_loss_scaling, stacklevel
 from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
 
 __all__ = ["LossScaleOptimizer"]
@@ -533,7 +533,7 @@ def _warn_of_unscaled_gradients(model: keras.Model) -> None:
         f"Model {model.name!r} computes in float16, and {trouble}. Write "
         f"model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.{name}(...)), ...).",
         KerasMPWarning,
-        stacklevel=4,
+        stacklevel=stacklevel(),
     )
 
 

@@ -16,7 +16,15 @@ import keras
 from keras_mp import backend, hardware
 from keras_mp.errors import KerasMPWarning, PolicyError
 
-__all__ = ["advice", "chosen_policy", "needs_loss_scaling", "policy_scope", "preprocessing_scope", "set_policy"]
+__all__ = [
+    "advice",
+    "chosen_policy",
+    "needs_loss_scaling",
+    "policy_scope",
+    "preprocessing_scope",
+    "set_policy",
+    "stacklevel",
+]
 
 _NAMES = ("auto", "float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64")
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -84,7 +92,7 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     wanted = _resolve(here.recommended_policy if automatic else policy)
     if not automatic:
         for message in advice(wanted, here, call=call):
-            warnings.warn(message, KerasMPWarning, stacklevel=_stacklevel())
+            warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
     if not here.accelerators and any(each.compute_dtype == "float16" for each in _members(wanted)):
         backend.set_remapper(False)
     return wanted
@@ -288,9 +296,9 @@ def _slow_product(times: hardware.ProductTimes) -> str:
     )
 
 
-def _stacklevel() -> int:
+def stacklevel() -> int:
     """The stack level, for a warning issued by the caller, of the user's own line."""
     level, frame = 0, inspect.currentframe()
-    while frame is not None and re.match(r"keras_mp\.|contextlib$", frame.f_globals.get("__name__", "")):
+    while frame is not None and re.match(r"keras(_mp)?\.|contextlib$", frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     return level

@@ -1,5 +1,6 @@
 """What rests on private names of TensorFlow and Keras: each test fails with the name when one of them moves."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -234,3 +235,113 @@ def test_keras_attaches_masks_and_logits_where_they_are_looked_for():
     assert keras.losses.MeanAbsoluteError()(tf.zeros((1, 2, 1)), values) == 1
     copied = backend.with_logits(tf.identity(probabilities), logits)
     np.testing.assert_allclose(keras.losses.sparse_categorical_crossentropy(np.array([0]), copied), [30.0], rtol=1e-6)
+
+
+class Scaled(keras.layers.Layer):
+    """Has no `get_config`, so that Keras keeps the arguments."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+        self.inside = [keras.layers.Dense(2, name="dense")]
+
+    def build(self, input_shape):
+        self.inside[0].build(input_shape)
+
+    def call(self, inputs):
+        return self.factor * inputs
+
+
+def test_the_arguments_that_keras_keeps_are_read_and_set():
+    """Rests on `Layer._auto_config` and `keras.src.saving.serialization_lib.SerializableDict`."""
+    layer = Scaled(3, name="scaled")
+    assert backend.auto_config(layer) == {"factor": 3}
+    backend.set_auto_config(layer, {"factor": 5})
+    assert layer.get_config() == {"name": "scaled", "factor": 5} | {
+        key: value for key, value in layer.get_config().items() if key not in ("name", "factor")
+    }
+    assert Scaled.from_config(layer.get_config()).factor == 5
+    backend.set_auto_config(layer, None)
+    assert backend.auto_config(layer) is None
+    with pytest.raises(NotImplementedError):
+        layer.get_config()
+
+
+def test_layers_are_found_by_path():
+    """Rests on `Layer._layers`."""
+    shared = keras.layers.Dense(2, name="shared")
+    model = keras.Sequential([keras.Input((2,), name="x"), shared, Scaled(3, name="scaled"), shared], name="model")
+    inside = ("/x", "/shared", "/scaled", "/scaled/dense")
+    assert set(backend.layers_by_path(model)) == {f"model{path}" for path in ("", *inside)}
+    assert backend.layers_by_path(model)["model/scaled/dense"] is model.layers[1].inside[0]
+    assert backend.inner_layers(shared) == []
+
+
+def test_autocasts_tells_of_statistics_and_weights():
+    """Rests on `Variable._autocast`."""
+    layer = keras.layers.Layer(dtype="mixed_bfloat16")
+    assert backend.autocasts(layer.add_weight(shape=(2,)))
+    assert not backend.autocasts(layer.add_weight(shape=(2,), autocast=False))
+
+
+def test_the_maker_of_a_symbolic_tensor_is_found():
+    """Rests on `KerasTensor._keras_history`."""
+    layer = keras.layers.Dense(2)
+    assert backend.origin(layer(keras.Input((2,)))) is layer
+    assert isinstance(backend.origin(keras.ops.exp(keras.Input((2,)))), keras.Operation)
+
+
+def test_compile_arguments_are_the_objects_that_were_given():
+    """Rests on `Model._compile_config`."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    optimizer, loss = keras.optimizers.SGD(), lambda y, p: tf.reduce_sum(y - p)
+    model.compile(optimizer, loss, steps_per_execution=3)
+    arguments = backend.compile_arguments(model)
+    assert (arguments["optimizer"], arguments["loss"], arguments["steps_per_execution"]) == (optimizer, loss, 3)
+
+
+def test_a_graph_runs_with_other_operations():
+    """Rests on `Functional._run_through_graph` and its arguments `operation_fn` and `call_fn`."""
+    inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((2,), name="b")}
+    layer = keras.layers.Dense(3)
+    model = keras.Model(inputs, [layer(keras.layers.Add()([inputs["a"], inputs["b"]]))])
+    assert isinstance(model, backend.Functional)
+    wider = keras.layers.Dense(5)
+    (output,) = backend.run_through_graph(
+        model,
+        {name: keras.Input((2,)) for name in inputs},
+        lambda operation: wider if operation is layer else operation,
+        lambda operation, *args, **kwargs: operation(*args, **kwargs),
+    )
+    assert output.shape == (None, 5)
+    assert backend.origin(output) is wider
+
+
+def test_layers_that_prepare_data_are_told_from_others():
+    """Rests on the bases of `Rescaling` and `StringLookup`."""
+    classes = backend.preprocessing_classes()
+    names = ("RandomFlip", "Rescaling", "Resizing", "CenterCrop", "MixUp", "RandAugment", "AutoContrast", "Hashing")
+    names += ("IntegerLookup", "StringLookup", "TextVectorization", "CategoryEncoding", "Discretization")
+    assert not [name for name in names if not issubclass(getattr(keras.layers, name), classes)]
+    others = ("Dense", "Conv2D", "Embedding", "Dropout", "BatchNormalization", "Add")
+    assert not [name for name in others if issubclass(getattr(keras.layers, name), classes)]
+
+
+def test_saving_to_h5_is_told(tmp_path):
+    """Rests on `keras.src.saving.keras_saveable` setting `use_legacy_config` while it writes HDF5."""
+    seen = []
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class Telling(keras.layers.Layer):
+        def get_config(self):
+            seen.append(backend.saving_to_h5())
+            return super().get_config()
+
+    model = keras.Sequential([keras.Input((2,)), Telling()])
+    model.save(tmp_path / "model.keras")
+    assert not any(seen)
+    seen.clear()
+    logging.disable(logging.WARNING)  # that the format is old
+    model.save(tmp_path / "model.h5")
+    logging.disable(logging.NOTSET)
+    assert any(seen)

@@ -410,3 +410,70 @@ def test_the_step_after_a_restore_is_the_step_that_would_have_come(suffix, tmp_p
     train(model, range(5, 8))
     train(restored, range(5, 8))
     assert_same(all_state(model), all_state(restored))
+
+
+# Models that compute in float16 and are trained without our optimizer
+
+
+def small(dtype):
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, dtype=dtype), keras.layers.Dense(1)])
+
+
+class Gan(keras.Model):
+    """With an optimizer for each of its halves, and a `compile` of its own, as Keras's examples have it."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.generator, self.discriminator = small(dtype), small(dtype)
+
+    def compile(self, generator_optimizer, discriminator_optimizer):
+        super().compile(loss="mse")
+        self.generator_optimizer, self.discriminator_optimizer = generator_optimizer, discriminator_optimizer
+
+    def call(self, x):
+        return self.discriminator(x)
+
+    def train_step(self, data):
+        return {"loss": tf.reduce_mean(self(data[0]))}
+
+
+X, Y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "float16"])
+def test_compiling_a_float16_model_with_a_bare_optimizer_says_what_to_write(dtype):
+    model = small(dtype)
+    with pytest.warns(KerasMPWarning) as told:
+        model.compile(keras.optimizers.Adam(1e-3), "mse")
+    (message,) = [str(each.message) for each in told]
+    assert "computes in float16, and its optimizer scales no loss" in message
+    assert "model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.Adam(...)), ...)" in message
+    assert told[0].filename == __file__
+
+
+def test_compiling_with_kerass_wrapper_says_what_is_wrong_with_it():
+    with pytest.warns(KerasMPWarning, match=r"lets its scale run away.*LossScaleOptimizer\(keras.optimizers.SGD\("):
+        small("mixed_float16").compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "float32"])
+def test_other_models_are_compiled_in_silence(dtype):
+    small(dtype).compile("adam", "mse")
+    small("mixed_float16").compile(make_optimizer(), "mse")
+    small("mixed_float16").compile(loss="mse", optimizer=None)
+
+
+@pytest.mark.parametrize(("ours", "warned"), [((True, True), False), ((True, False), True), ((False, False), True)])
+def test_a_gan_is_looked_at_before_it_trains(ours, warned):
+    model = Gan("mixed_float16")
+    generator, discriminator = (make_optimizer() if each else keras.optimizers.Adam() for each in ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.compile(generator, discriminator)  # Keras's own `compile` has only the optimizer that nobody gave
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.fit(X, Y, verbose=0)
+        model.fit(X, Y, verbose=0)
+    found = [str(each.message) for each in told if issubclass(each.category, KerasMPWarning)]
+    assert len(found) == int(warned)
+    assert not warned or "keras.optimizers.Adam(...)" in found[0]

@@ -1,7 +1,9 @@
+import contextlib
 import inspect
 import warnings
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -328,3 +330,89 @@ def test_the_fusion_is_gone_from_functions_traced_before(tmp_path):
     assert any("Fused" in op for op in before), before
     assert after, "no product seen"
     assert not any("Fused" in op for op in after), after
+
+
+# Models
+
+QUIET = pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
+
+
+def dense(*dtypes, model_policy="float32"):
+    layers = [keras.layers.Dense(2, dtype=dtype) for dtype in dtypes]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    model.dtype_policy = model_policy
+    return model
+
+
+class Nested(keras.Model):
+    """Holds a float16 layer where no list of layers shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = {"first": [keras.layers.TimeDistributed(keras.layers.Dense(2, dtype="mixed_float16"))]}
+
+
+@pytest.mark.parametrize(
+    ("make", "needed"),
+    [
+        (lambda: dense("float32", "float32"), False),
+        (lambda: dense("mixed_bfloat16"), False),
+        (lambda: dense("float32", "mixed_float16"), True),
+        (lambda: dense("float16"), True),
+        (lambda: dense("float32", model_policy="mixed_float16"), False),  # the model itself multiplies nothing
+        (Nested, True),
+        (lambda: keras.layers.Dense(2, dtype="mixed_float16"), True),
+        (lambda: keras.layers.Bidirectional(keras.layers.LSTM(2, dtype="mixed_float16")), True),
+        (lambda: keras.layers.Dense(2, dtype=float16_map()), False),
+    ],
+)
+def test_needs_loss_scaling_asks_every_layer(make, needed):
+    assert keras_mp.needs_loss_scaling(make()) is needed
+
+
+@QUIET
+def test_needs_loss_scaling_sees_what_a_map_gave_to_a_layer():
+    keras_mp.set_policy(keras_mp.PolicyMap("float32", {".*hidden": "mixed_float16"}))
+    layers = [keras.layers.Dense(2, name=name) for name in ("hidden", "other")]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    assert [layer.compute_dtype for layer in layers] == ["float16", "float32"]
+    assert keras_mp.needs_loss_scaling(model)
+
+
+def test_needs_loss_scaling_takes_layers_alone():
+    with pytest.raises(TypeError, match="Expected a Keras model or layer, received 'model' of type str"):
+        keras_mp.needs_loss_scaling("model")
+
+
+def augmented(scope):
+    """Images and labels from a pipeline under mixed_float16, whose layers are made in a scope."""
+    keras_mp.set_policy("mixed_float16")
+    with scope:
+        layers = [keras.layers.Rescaling(1 / 255), keras.layers.MixUp(seed=0), keras.layers.CutMix(seed=0)]
+    images = np.arange(4 * 8 * 8 * 3, dtype="float32").reshape(4, 8, 8, 3) % 256
+    labels = np.eye(4, dtype="float32")
+    data = tf.data.Dataset.from_tensor_slices({"images": images, "labels": labels}).batch(4)
+    rescale, *mixes = layers
+    data = data.map(lambda batch: {"images": rescale(batch["images"]), "labels": batch["labels"]})
+    for mix in mixes:
+        data = data.map(mix)
+    return next(iter(data))
+
+
+@QUIET
+def test_preprocessing_stays_in_float32_in_its_scope():
+    batch = augmented(keras_mp.preprocessing_scope())
+    assert (batch["images"].dtype, batch["labels"].dtype) == (tf.float32, tf.float32)
+    # 255 steps a unit: float16 keeps one in four apart near 1, float32 all.
+    assert float(tf.reduce_max(batch["images"])) == 1.0
+    assert keras.config.dtype_policy().name == "mixed_float16"
+
+
+@QUIET
+@pytest.mark.stock_defect
+def test_stock_preprocessing_under_a_mixed_policy():
+    try:
+        batch = augmented(contextlib.nullcontext())
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        raise AssertionError(str(error)) from None
+    assert batch["images"].dtype == tf.float32
