@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # noqa: F401  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
+from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
 
 import tensorflow as tf
 import typer
 
 from benchmarks import attention, harness, layers
 
-__all__ = ["TARGETS", "THEMES", "attention_steps", "barrier", "layer_steps", "memory", "require"]
+__all__ = ["TARGETS", "THEMES", "attention_steps", "layer_steps", "memory", "require"]
 
 TARGETS = {"tpu-v5e": "TPU v5e", "h100": "H100"}
 PACKAGES = {
@@ -59,7 +59,9 @@ def layer_steps() -> Steps:
 
     def make(workload: layers.Workload, ours: bool, policy: str) -> Callable[[], Any]:
         what = layers.find(workload, ours)
-        return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=barrier)
+        # Between two layers of the chain is but a product, where a network has what XLA would not compute twice.
+        between = backend.optimization_barrier
+        return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=between)
 
     return {workload.name: _cases(functools.partial(make, workload)) for workload in layers.WORKLOADS}
 
@@ -94,21 +96,6 @@ def require() -> None:
             f"The compilers for TPU and H100 need {', '.join(missing)}. Install them with: pip install -e '.[cpu,aot]' "
             "(or run `make bench-aot`, which does)."
         )
-
-
-@tf.custom_gradient
-def barrier(x: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
-    """`x`, of which XLA may not think that it could compute it once more instead of keeping it.
-
-    Between two layers of a chain is but a product, where a network has what XLA would not compute twice.
-
-    Args:
-        x: a tensor in a function that XLA compiles.
-    """
-    # TensorFlow has no public name for this operation, and no gradient of it.
-    from tensorflow.compiler.tf2xla.python import xla
-
-    return xla.optimization_barrier(x)[0], lambda upstream: upstream
 
 
 def _there(module: str) -> bool:
