@@ -5,11 +5,13 @@ much memory it takes beside its inputs and weights. So these are the figures of 
 are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward.
 
 Needs the extra `aot`, and calls private functions of jaxlib: seen working with jax and jaxlib 0.10.2, libtpu 0.0.52,
-jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each compilation has a process of its own.
+jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each row of a table has a process
+of its own, and one more for what a compiler that ended it has left.
 """
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -37,6 +39,7 @@ _TPU_TOPOLOGY = "v5e:2x2"
 # What libtpu would otherwise ask the machine about, over the network.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held, so several processes may compile
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -178,9 +181,14 @@ def main(
 
 
 @app.command(hidden=True)
-def one(theme: str, name: str, case: str, target: str) -> None:
-    """Print the MiB of one step."""
-    print(round(memory(THEMES[theme]()[name][case](), target), 3))
+def row(theme: str, name: str, target: str, cases: list[str]) -> None:
+    """Print the MiB of some cases of a row, or null and the error, a JSON line for each."""
+    for case in cases:
+        try:
+            line = [case, round(memory(THEMES[theme]()[name][case](), target), 3), ""]
+        except Exception as error:  # whichever it is, the other cases go on
+            line = [case, None, f"{type(error).__name__}: {error}"]
+        print(json.dumps(line), flush=True)
 
 
 def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> None:
@@ -192,7 +200,7 @@ def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> N
         rows: dict[str, list[float | None]] = {}
         for name, cases in steps.items():
             print(f"{theme}, {TARGETS[target]}: {name} ...", file=sys.stderr, flush=True)
-            rows[name] = [_in_child(theme, name, case, target) for case in cases]
+            rows[name] = _in_children(theme, name, target, list(cases))
         columns = list(next(iter(steps.values()), {}))
         grids.append(
             harness.Grid(f"{TARGETS[target]}: temporaries and results of a step", "MiB", theme, columns, rows).as_json()
@@ -202,13 +210,28 @@ def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> N
     print(harness.table(results))
 
 
-def _in_child(*arguments: str) -> float | None:
-    try:
-        return float(harness.run_module("benchmarks.aot", "one", *arguments, environment=_ENVIRONMENT))
-    except subprocess.CalledProcessError as error:
-        # Some steps do not compile, as stock bilinear resizing in 16 bits; the others go on.
-        print(f"{', '.join(arguments)}: exit {error.returncode}", file=sys.stderr, flush=True)
-        return None
+def _in_children(theme: str, name: str, target: str, cases: Sequence[str]) -> list[float | None]:
+    """The MiB of the cases of a row, None for what does not compile, as stock bilinear resizing in 16 bits.
+
+    One process compiles them all. Where the compiler ends it, another one goes on after the case that it was at.
+    """
+    found: dict[str, float | None] = {}
+    while left := [case for case in cases if case not in found]:
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.aot", "row", theme, name, target, *left],
+            capture_output=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **_ENVIRONMENT},
+            text=True,
+        )
+        lines = [json.loads(line) for line in process.stdout.splitlines()]
+        if len(lines) < len(left):
+            lines.append([left[len(lines)], None, f"exit {process.returncode}\n{process.stderr[-2000:]}"])
+        for case, mebibytes, error in lines:
+            found[case] = mebibytes
+            if error:
+                print(f"{theme}, {name}, {case}, {target}: {error}", file=sys.stderr, flush=True)
+    return [found[case] for case in cases]
 
 
 if __name__ == "__main__":

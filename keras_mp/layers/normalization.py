@@ -214,7 +214,7 @@ def normalize_with_statistics(layer: Any, inputs: Any, weights: dict[str, Any], 
     given = {
         name: tf.reshape(keras.ops.cast(weight, dtype), shape) for name, weight in weights.items() if weight is not None
     }
-    return _normalization(  # type: ignore[no-any-return]
+    answers: tuple[Any, ...] = _normalization(
         inputs if inputs.dtype.is_floating else tf.cast(inputs, dtype),
         *given.values(),
         weights=tuple(given),
@@ -223,6 +223,7 @@ def normalize_with_statistics(layer: Any, inputs: Any, weights: dict[str, Any], 
         output_dtype=layer.compute_dtype,
         **settings,
     )
+    return answers
 
 
 def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any) -> Any:
@@ -232,7 +233,7 @@ def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any
 def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
     """The mean over `axes`, and over the channels of each group: of (axis of the channels, number of groups)."""
     mean = fusion.mean(x, axes)
-    if not _joins_channels(x, groups):
+    if groups is None or groups[1] == x.shape[groups[0]]:
         return mean
     # All that is left has one element a channel.
     return tf.reduce_mean(tf.reshape(mean, [-1, groups[1], x.shape[groups[0]] // groups[1]]), -1, keepdims=True)
@@ -240,15 +241,11 @@ def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
 
 def _along(x: Any, mean: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
     """What `_mean` answered, for each channel, so that it broadcasts to `x`."""
-    if not _joins_channels(x, groups):
+    if groups is None or groups[1] == x.shape[groups[0]]:
         return mean
     sizes = keras.ops.shape(x)
     by_channel = tf.broadcast_to(mean, [sizes[0], groups[1], x.shape[groups[0]] // groups[1]])
     return tf.reshape(by_channel, [1 if axis in axes else size for axis, size in enumerate(sizes)])
-
-
-def _joins_channels(x: Any, groups: tuple[int, int] | None) -> Any:
-    return groups is not None and groups[1] != x.shape[groups[0]]
 
 
 def _normalization_forward(
