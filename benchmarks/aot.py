@@ -166,7 +166,10 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = harness.RESULTS,
     theme: Annotated[list[str] | None, typer.Option(help="layers, attention. Both without this.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="tpu-v5e, h100. Both without this.")] = None,
-    only: Annotated[str, typer.Option(help="Compile only what has this in its name.")] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Compile only rows of this name, and keep the others of results of the same versions."),
+    ] = None,
 ) -> None:
     """Compile the steps for TPU v5e and H100; write the memory they need as JSON and as a table."""
     if context.invoked_subcommand:
@@ -176,8 +179,11 @@ def main(
     except ImportError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+    known = [row for name in theme or THEMES for row in THEMES[name]()]
+    if unknown := [row for row in only or [] if row not in known]:
+        raise typer.BadParameter(f"There is no row named {unknown[0]!r}. Rows: {', '.join(known)}.")
     for name in theme or THEMES:
-        _run_theme(name, target or list(TARGETS), only, output)
+        _run_theme(name, target or list(TARGETS), only or [], output)
 
 
 @app.command(hidden=True)
@@ -191,23 +197,33 @@ def row(theme: str, name: str, target: str, cases: list[str]) -> None:
         print(json.dumps(line), flush=True)
 
 
-def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> None:
+def _run_theme(theme: str, targets: Sequence[str], only: Sequence[str], output: Path) -> None:
     machine = harness.describe_machine()
     machine["versions"] |= {name: harness.version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
-    steps = {name: cases for name, cases in THEMES[theme]().items() if only in name}
-    grids = []
-    for target in targets:
-        rows: dict[str, list[float | None]] = {}
+    steps = THEMES[theme]()
+    names = {target: f"{TARGETS[target]}: temporaries and results of a step" for target in targets}
+    grids = _earlier(output / f"{theme}_aot.json", machine) if only else {}
+    for target, grid_name in names.items():
+        rows: dict[str, Sequence[float | None]] = dict(grids[grid_name]["rows"]) if grid_name in grids else {}
         for name, cases in steps.items():
+            if only and name not in only:
+                continue
             print(f"{theme}, {TARGETS[target]}: {name} ...", file=sys.stderr, flush=True)
             rows[name] = _in_children(theme, name, target, list(cases))
-        columns = list(next(iter(steps.values()), {}))
-        grids.append(
-            harness.Grid(f"{TARGETS[target]}: temporaries and results of a step", "MiB", theme, columns, rows).as_json()
-        )
-        results = {"theme": f"{theme}_aot", "machine": machine, "grids": grids}
-        harness.write(results, output)
+            in_order = {name: rows[name] for name in steps if name in rows}
+            columns = list(next(iter(steps.values())))
+            grids[grid_name] = harness.Grid(grid_name, "MiB", theme, columns, in_order).as_json()
+            results = {"theme": f"{theme}_aot", "machine": machine, "grids": list(grids.values())}
+            harness.write(results, output)
     print(harness.table(results))
+
+
+def _earlier(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The grids of earlier results by their names; none where other versions made them."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not results or results["machine"]["versions"] != machine["versions"]:
+        return {}
+    return {grid["name"]: grid for grid in results["grids"]}
 
 
 def _in_children(theme: str, name: str, target: str, cases: Sequence[str]) -> list[float | None]:
