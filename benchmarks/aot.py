@@ -5,11 +5,13 @@ much memory it takes beside its inputs and weights. So these are the figures of 
 are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward.
 
 Needs the extra `aot`, and calls private functions of jaxlib: seen working with jax and jaxlib 0.10.2, libtpu 0.0.52,
-jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each compilation has a process of its own.
+jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each row of a table has a process
+of its own, and one more for what a compiler that ended it has left.
 """
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -18,14 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # noqa: F401  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
+from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
 
 import tensorflow as tf
 import typer
 
 from benchmarks import attention, harness, layers
 
-__all__ = ["TARGETS", "THEMES", "attention_steps", "barrier", "layer_steps", "memory", "require"]
+__all__ = ["TARGETS", "THEMES", "attention_steps", "layer_steps", "memory", "require"]
 
 TARGETS = {"tpu-v5e": "TPU v5e", "h100": "H100"}
 PACKAGES = {
@@ -37,6 +39,7 @@ _TPU_TOPOLOGY = "v5e:2x2"
 # What libtpu would otherwise ask the machine about, over the network.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held, so several processes may compile
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -59,7 +62,9 @@ def layer_steps() -> Steps:
 
     def make(workload: layers.Workload, ours: bool, policy: str) -> Callable[[], Any]:
         what = layers.find(workload, ours)
-        return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=barrier)
+        # Between two layers of the chain is but a product, where a network has what XLA would not compute twice.
+        between = backend.optimization_barrier
+        return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=between)
 
     return {workload.name: _cases(functools.partial(make, workload)) for workload in layers.WORKLOADS}
 
@@ -94,21 +99,6 @@ def require() -> None:
             f"The compilers for TPU and H100 need {', '.join(missing)}. Install them with: pip install -e '.[cpu,aot]' "
             "(or run `make bench-aot`, which does)."
         )
-
-
-@tf.custom_gradient
-def barrier(x: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
-    """`x`, of which XLA may not think that it could compute it once more instead of keeping it.
-
-    Between two layers of a chain is but a product, where a network has what XLA would not compute twice.
-
-    Args:
-        x: a tensor in a function that XLA compiles.
-    """
-    # TensorFlow has no public name for this operation, and no gradient of it.
-    from tensorflow.compiler.tf2xla.python import xla
-
-    return xla.optimization_barrier(x)[0], lambda upstream: upstream
 
 
 def _there(module: str) -> bool:
@@ -176,7 +166,10 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = harness.RESULTS,
     theme: Annotated[list[str] | None, typer.Option(help="layers, attention. Both without this.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="tpu-v5e, h100. Both without this.")] = None,
-    only: Annotated[str, typer.Option(help="Compile only what has this in its name.")] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Compile only rows of this name, and keep the others of results of the same versions."),
+    ] = None,
 ) -> None:
     """Compile the steps for TPU v5e and H100; write the memory they need as JSON and as a table."""
     if context.invoked_subcommand:
@@ -186,42 +179,75 @@ def main(
     except ImportError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+    known = [row for name in theme or THEMES for row in THEMES[name]()]
+    if unknown := [row for row in only or [] if row not in known]:
+        raise typer.BadParameter(f"There is no row named {unknown[0]!r}. Rows: {', '.join(known)}.")
     for name in theme or THEMES:
-        _run_theme(name, target or list(TARGETS), only, output)
+        _run_theme(name, target or list(TARGETS), only or [], output)
 
 
 @app.command(hidden=True)
-def one(theme: str, name: str, case: str, target: str) -> None:
-    """Print the MiB of one step."""
-    print(round(memory(THEMES[theme]()[name][case](), target), 3))
+def row(theme: str, name: str, target: str, cases: list[str]) -> None:
+    """Print the MiB of some cases of a row, or null and the error, a JSON line for each."""
+    for case in cases:
+        try:
+            line = [case, round(memory(THEMES[theme]()[name][case](), target), 3), ""]
+        except Exception as error:  # whichever it is, the other cases go on
+            line = [case, None, f"{type(error).__name__}: {error}"]
+        print(json.dumps(line), flush=True)
 
 
-def _run_theme(theme: str, targets: Sequence[str], only: str, output: Path) -> None:
+def _run_theme(theme: str, targets: Sequence[str], only: Sequence[str], output: Path) -> None:
     machine = harness.describe_machine()
     machine["versions"] |= {name: harness.version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
-    steps = {name: cases for name, cases in THEMES[theme]().items() if only in name}
-    grids = []
-    for target in targets:
-        rows: dict[str, list[float | None]] = {}
+    steps = THEMES[theme]()
+    names = {target: f"{TARGETS[target]}: temporaries and results of a step" for target in targets}
+    grids = _earlier(output / f"{theme}_aot.json", machine) if only else {}
+    for target, grid_name in names.items():
+        rows: dict[str, Sequence[float | None]] = dict(grids[grid_name]["rows"]) if grid_name in grids else {}
         for name, cases in steps.items():
+            if only and name not in only:
+                continue
             print(f"{theme}, {TARGETS[target]}: {name} ...", file=sys.stderr, flush=True)
-            rows[name] = [_in_child(theme, name, case, target) for case in cases]
-        columns = list(next(iter(steps.values()), {}))
-        grids.append(
-            harness.Grid(f"{TARGETS[target]}: temporaries and results of a step", "MiB", theme, columns, rows).as_json()
-        )
-        results = {"theme": f"{theme}_aot", "machine": machine, "grids": grids}
-        harness.write(results, output)
+            rows[name] = _in_children(theme, name, target, list(cases))
+            in_order = {name: rows[name] for name in steps if name in rows}
+            columns = list(next(iter(steps.values())))
+            grids[grid_name] = harness.Grid(grid_name, "MiB", theme, columns, in_order).as_json()
+            results = {"theme": f"{theme}_aot", "machine": machine, "grids": list(grids.values())}
+            harness.write(results, output)
     print(harness.table(results))
 
 
-def _in_child(*arguments: str) -> float | None:
-    try:
-        return float(harness.run_module("benchmarks.aot", "one", *arguments, environment=_ENVIRONMENT))
-    except subprocess.CalledProcessError as error:
-        # Some steps do not compile, as stock bilinear resizing in 16 bits; the others go on.
-        print(f"{', '.join(arguments)}: exit {error.returncode}", file=sys.stderr, flush=True)
-        return None
+def _earlier(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The grids of earlier results by their names; none where other versions made them."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not results or results["machine"]["versions"] != machine["versions"]:
+        return {}
+    return {grid["name"]: grid for grid in results["grids"]}
+
+
+def _in_children(theme: str, name: str, target: str, cases: Sequence[str]) -> list[float | None]:
+    """The MiB of the cases of a row, None for what does not compile, as stock bilinear resizing in 16 bits.
+
+    One process compiles them all. Where the compiler ends it, another one goes on after the case that it was at.
+    """
+    found: dict[str, float | None] = {}
+    while left := [case for case in cases if case not in found]:
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.aot", "row", theme, name, target, *left],
+            capture_output=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **_ENVIRONMENT},
+            text=True,
+        )
+        lines = [json.loads(line) for line in process.stdout.splitlines()]
+        if len(lines) < len(left):
+            lines.append([left[len(lines)], None, f"exit {process.returncode}\n{process.stderr[-2000:]}"])
+        for case, mebibytes, error in lines:
+            found[case] = mebibytes
+            if error:
+                print(f"{theme}, {name}, {case}, {target}: {error}", file=sys.stderr, flush=True)
+    return [found[case] for case in cases]
 
 
 if __name__ == "__main__":

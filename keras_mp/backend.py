@@ -33,6 +33,7 @@ __all__ = [
     "make_function",
     "mask_of",
     "one_device",
+    "optimization_barrier",
     "origin",
     "preprocessing_classes",
     "raise_from_graph",
@@ -159,6 +160,9 @@ from keras.src.models.model import functional_init_arguments as _functional_init
 
 # What Keras keeps the arguments of a constructor in.
 from keras.src.saving import serialization_lib as _serialization_lib  # noqa: E402
+
+# The operation that XLA does not optimize across has no public name, and no gradient.
+from tensorflow.compiler.tf2xla.python import xla as _xla  # noqa: E402
 
 # `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
 from tensorflow.python.distribute import distribute_lib as _distribute_lib  # noqa: E402
@@ -320,6 +324,19 @@ def _as_graph_error(error: Exception) -> Exception:
     tf.errors.UnknownError.__init__(graph_error, None, None, text)
     graph_error.args = (text,)
     return graph_error
+
+
+@tf.custom_gradient
+def optimization_barrier(x: tf.Tensor) -> Any:
+    """The same tensor, which XLA takes for another, that it knows nothing about but the dtype and the shape.
+
+    It neither computes it anew in the place where it is used, nor keeps in float32 what was rounded to 16 bits. Only
+    XLA can run it: ask `in_xla_context` first.
+
+    Args:
+        x: of any dtype and shape.
+    """
+    return _xla.optimization_barrier(x)[0], lambda upstream: upstream
 
 
 def raise_from_graph(make_error: Callable[..., Exception], arguments: list[tf.Tensor]) -> tf.Operation:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["fusible", "largest", "mean", "operation", "pays", "total"]
+__all__ = ["fusible", "held", "largest", "mean", "operation", "pays", "total"]
 
 # Whether what is traced now is being compiled on its own, for a CPU.
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
@@ -152,13 +152,31 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.reduce_max(x, axes, keepdims=True)
 
 
+def held(whole: bool, *tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """The same tensors as what the backward pass gets of the forward pass.
+
+    XLA, where it compiles both, finds that a rounding to 16 bits undoes a cast to float32, or that both passes compute
+    the same, and keeps the float32 tensor from one to the other. A barrier around each tensor, not around all together,
+    keeps it from that, and from keeping what no one uses.
+
+    Args:
+        whole: whether XLA compiles both passes: `keras_mp.backend.in_xla_context` in the forward pass, as the backward
+            pass of a compiled function does not know.
+        tensors: what is kept.
+    """
+    return tuple(backend.optimization_barrier(tensor) for tensor in tensors) if whole else tensors
+
+
 def operation(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     keeps_output: bool = False,
+    keeps_statistics: bool = False,
     compiles_forward: bool = True,
 ) -> Callable[..., Any]:
     """Makes one operation of a function and its gradient, that keeps its inputs or its output and nothing else.
+
+    What the backward pass gets from the forward pass is `held`.
 
     Args:
         forward: from tensors by position, and hashable settings by name, to a tensor or several.
@@ -166,6 +184,9 @@ def operation(
             a gradient for each tensor (None for integers).
         keeps_output: whether to keep what `forward` answers, one tensor, instead: `backward` gets that and its
             gradient.
+        keeps_statistics: whether to keep the inputs and all but the first of what `forward` answers: small tensors that
+            spare the backward pass a reduction. `backward` gets the inputs, these, and the gradient to the first.
+            Nothing may depend on their own gradients, which are zero.
         compiles_forward: whether XLA may compile `forward`, too; not where TensorFlow's own kernel is faster.
 
     Returns:
@@ -184,15 +205,18 @@ def operation(
     forward_of, backward_of = fusible(forward), fusible(backward)
 
     def run(*inputs: tf.Tensor, **settings: Any) -> Any:
-        fused = pays(*inputs)
+        fused, whole = pays(*inputs), backend.in_xla_context()
 
         @tf.custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
             outputs = forward_of(fused and compiles_forward)(*inputs, **settings)
-            kept = (outputs,) if keeps_output else inputs
+            if keeps_output:
+                (outputs,) = held(whole and backend.recording(), outputs)
+            kept = (outputs,) if keeps_output else (*inputs, *outputs[1:]) if keeps_statistics else inputs
 
             def gradient(*upstream: tf.Tensor) -> Any:
-                return backward_of(fused)(*kept, *upstream, **settings)
+                slopes = upstream[:1] if keeps_statistics else upstream
+                return backward_of(fused)(*held(whole, *kept), *slopes, **settings)
 
             return outputs, gradient
 

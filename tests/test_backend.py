@@ -38,6 +38,27 @@ def test_in_xla_context_tells_who_compiles():
     assert seen == {"eager": False, "graph": False, "xla": True, "inside xla": True, "xla inside": True}
 
 
+def test_the_optimization_barrier_changes_no_number():
+    """Rests on `tensorflow.compiler.tf2xla.python.xla.optimization_barrier`."""
+
+    @tf.function(jit_compile=True)
+    def triple(x):
+        with tf.GradientTape() as second:
+            second.watch(x)
+            with tf.GradientTape() as first:
+                first.watch(x)
+                y = 3 * tf.square(backend.optimization_barrier(x))
+            slope = first.gradient(y, x)
+        return y, slope, second.gradient(slope, x)
+
+    y, slope, curvature = triple(tf.constant([1.0, -2.0]))
+    assert y.numpy().tolist() == [3.0, 12.0]
+    assert slope.numpy().tolist() == [6.0, -12.0]
+    assert curvature.numpy().tolist() == [6.0, 6.0]
+    hlo = triple.experimental_get_compiler_ir(tf.zeros([2]))(stage="hlo")
+    assert "opt-barrier" in hlo
+
+
 def test_raise_from_graph_raises_the_very_type_with_its_text():
     """Rests on TensorFlow making a `tf.errors.UnknownError` by calling the class."""
 

@@ -316,19 +316,6 @@ def test_a_missing_compiler_is_said_with_what_to_install(monkeypatch):
     assert "pip install -e '.[cpu,aot]'" in result.output
 
 
-def test_the_barrier_changes_no_number():
-    @tf.function(jit_compile=True)
-    def triple(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = 3 * aot.barrier(x)
-        return y, tape.gradient(y, x)
-
-    y, gradient = triple(tf.constant([1.0, -2.0]))
-    assert y.numpy().tolist() == [3.0, -6.0]
-    assert gradient.numpy().tolist() == [3.0, 3.0]
-
-
 def test_the_table_of_the_readme():
     assert doctest.testmod(summary).failed == 0
     results = json.loads(summary.RESULTS.read_text())

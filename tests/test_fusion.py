@@ -99,6 +99,79 @@ def test_steps_inside_a_branch(name, branch):
     np.testing.assert_allclose(tf.function(step)(x), tape.gradient(loss, x), atol=1e-5)
 
 
+def gradients_of(name, dtype="mixed_bfloat16"):
+    """A layer's training step of one input, and the input."""
+    layer = {
+        "LayerNormalization": layers.LayerNormalization,
+        "BatchNormalization": lambda **settings: layers.BatchNormalization(axis=1, **settings),
+        "UnitNormalization": layers.UnitNormalization,
+        "Softmax": layers.Softmax,
+        "Attention": lambda **settings: layers.Attention(dropout=0.5, seed=0, **settings),
+        "gelu": lambda dtype: activations.gelu,
+    }[name](dtype=dtype)
+
+    def run(x):
+        if name == "Attention":
+            return layer([x, x], training=False)
+        return layer(x, training=True) if name == "BatchNormalization" else layer(x)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = run(x)
+            loss = tf.reduce_sum(tf.sin(tf.cast(y, "float32")))
+        return tape.gradient(loss, x)
+
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 32, 16)), "bfloat16")
+    run(x)  # makes the weights
+    return run, step, x
+
+
+HELD = ["LayerNormalization", "BatchNormalization", "UnitNormalization", "Softmax", "Attention", "gelu"]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_kept_is_held_where_xla_compiles_both_passes_and_nowhere_else(name):
+    run, step, x = gradients_of(name)
+
+    def barriers(function):
+        compiled = tf.function(function, jit_compile=True, autograph=False)
+        lines = compiled.experimental_get_compiler_ir(x)(stage="hlo").splitlines()
+        return [line for line in lines if "opt-barrier(" in line]
+
+    def kinds(function):
+        graph = tf.function(function, autograph=False).get_concrete_function(x).graph.as_graph_def()
+        return {n.op for n in graph.node} | {n.op for part in graph.library.function for n in part.node_def}
+
+    held = barriers(step)
+    size = "32,32" if name == "Attention" else "32,16"  # the probabilities, or the input or output
+    assert any("bf16[" in line and size in line for line in held), held
+    assert not any("f32[" in line and size in line for line in held), held
+    assert barriers(run) == []
+    assert "XlaOptimizationBarrier" not in kinds(step) | kinds(run)
+    np.testing.assert_allclose(
+        tf.cast(tf.function(step, jit_compile=True)(x), "float32"), tf.cast(step(x), "float32"), rtol=0.02, atol=0.02
+    )
+
+
+def test_a_tape_outside_of_what_xla_compiles():
+    run, step, x = gradients_of("LayerNormalization", "float32")
+    x = tf.cast(x, "float32")
+    compiled = tf.function(run, jit_compile=True, autograph=False)
+    with tf.GradientTape() as second:
+        second.watch(x)
+        with tf.GradientTape() as first:
+            first.watch(x)
+            loss = tf.reduce_sum(tf.sin(compiled(x)))
+        slope = first.gradient(loss, x)
+        penalty = tf.reduce_sum(tf.square(slope))
+    with tf.GradientTape() as plain:
+        plain.watch(x)
+        expected = tf.reduce_sum(tf.square(step(x)))
+    np.testing.assert_allclose(penalty, expected, rtol=1e-4)
+    np.testing.assert_allclose(second.gradient(penalty, x), plain.gradient(expected, x), rtol=1e-3, atol=1e-4)
+
+
 def test_tensors_of_unknown_rank():
     @tf.function(input_signature=[tf.TensorSpec(None)])
     def step(x):
@@ -133,3 +206,30 @@ def test_second_derivatives_of_operations(keeps_output, jit_compile):
     x = tf.constant([[0.5, -1.0]])
     for actual in derivatives(x):
         np.testing.assert_allclose(actual, np.exp(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["", "XLA"])
+def test_second_derivatives_where_a_statistic_is_kept(jit_compile):
+    """x times its sum, of which the gradient to x_i of the sum over all is twice the sum, and that one's 2."""
+    operation = fusion.operation(
+        lambda x: (x * tf.reduce_sum(x), tf.reduce_sum(x)),
+        lambda x, total, upstream: upstream * total + tf.reduce_sum(upstream * x),
+        keeps_statistics=True,
+    )
+
+    @tf.function(jit_compile=jit_compile)
+    def derivatives(x):
+        with tf.GradientTape() as second:
+            second.watch(x)
+            with tf.GradientTape() as first:
+                first.watch(x)
+                y, total = operation(x)
+            slope = first.gradient(y, x)
+        return y, total, slope, second.gradient(slope, x)
+
+    x = np.array([0.5, -1.0, 2.0], "float32")
+    y, total, slope, curvature = derivatives(tf.constant(x))
+    np.testing.assert_allclose(y, x * 1.5)
+    assert float(total) == 1.5
+    np.testing.assert_allclose(slope, [3.0] * 3)
+    np.testing.assert_allclose(curvature, [6.0] * 3)

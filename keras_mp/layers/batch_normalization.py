@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend
+from keras_mp.layers.normalization import normalize_with_statistics
 
 __all__ = ["BatchNormalization"]
 
@@ -124,16 +125,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _written_out(self, x: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
         """The same in training, in ops that any device and compiler takes."""
-        x = tf.cast(x, keras.backend.result_type(x.dtype, "float32"))
         axis = self.axis % len(x.shape)
         if mask is None and not self.synchronized:
-            mean, variance = tf.nn.moments(x, [a for a in range(len(x.shape)) if a != axis])
-            there = tf.size(x) > 0
-            # The NaN of an empty batch would reach the gradient of gamma.
-            mean, variance = (tf.where(there, statistic, 0.0) for statistic in (mean, variance))
-        else:
-            mean, variance, count = self._sums(x, mask)
-            there = count > 0
+            axes = tuple(a for a in range(len(x.shape)) if a != axis)
+            weights = {"gamma": self.gamma, "beta": self.beta}
+            outputs, variance, mean = normalize_with_statistics(
+                self, x, weights, axes=axes, groups=(axis, x.shape[axis])
+            )
+            return outputs, tf.reshape(mean, [-1]), tf.reshape(variance, [-1]), tf.size(x) > 0
+        x = tf.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        mean, variance, count = self._sums(x, mask)
+        there = count > 0
         shape = [x.shape[axis] if a == axis else 1 for a in range(len(x.shape))]
         scale = tf.math.rsqrt(variance + self.epsilon)
         if self.scale:

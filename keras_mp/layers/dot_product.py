@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_mp import fusion
+from keras_mp import backend, fusion
 
 __all__ = ["Masks", "attend", "attend_with_scores", "wide_dtype"]
 
@@ -383,15 +383,19 @@ def _at_once(
     undropped = settings._replace(rate=0.0)
     seed = {"seed": hides["seed"]} if settings.rate else {}
     masks = {name: mask for name, mask in hides.items() if name != "seed"}
+    whole = backend.in_xla_context()
 
     @tf.custom_gradient
     def attention(q: Any, k: Any, v: Any) -> Any:
         bounded, factor = _within_range(q, k)
         given = masks | {"factor": tf.stop_gradient(factor)}
         p, log_sums = _forward_of(fused)(_products(bounded, k), *given.values(), names=tuple(given), settings=undropped)
-        kept = _dropped_of(fused)(p, seed["seed"], settings=settings) if settings.rate else p
+        (p,) = fusion.held(whole and backend.recording(), p)
+        dropped = _dropped_of(fused)(p, seed["seed"], settings=settings) if settings.rate else p
+        kept = q, k, v, p
 
         def gradient(upstream: Any, _: Any, *to_scores: Any) -> Any:
+            q, k, v, p = fusion.held(whole, *kept)
             bounded, factor = _within_range(upstream, v)
             # What goes to the products is at most twice the largest slope: shared out in two factors it fits 16 bits.
             top = _power_of_two_above(2.0 * settings.scale * tf.reduce_max(factor)) if q.dtype == tf.float16 else 1.0
@@ -406,7 +410,7 @@ def _at_once(
                 to_q, to_k = (tf.cast(tf.cast(x, tf.float32) * top, tf.float16) for x in (to_q, to_k))
             return to_q, to_k, _gathered(dropped[0] if dropped else p, upstream)
 
-        return (_weighted(kept, v), log_sums, *([p] if with_scores else [])), gradient
+        return (_weighted(dropped, v), log_sums, *([p] if with_scores else [])), gradient
 
     return attention(q, k, v)
 

@@ -196,15 +196,25 @@ def _dtype(layer: Any, inputs: Any) -> str:
     return str(keras.backend.result_type(inputs.dtype, layer.compute_dtype, "float32"))
 
 
-def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any) -> Any:
-    """Calls the operation below with a layer's weights, each along the axes that it belongs to."""
+def normalize_with_statistics(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any) -> tuple[Any, ...]:
+    """Calls the operation below with a layer's weights, each along the axes that it belongs to.
+
+    Args:
+        layer: what has the `epsilon` and the compute dtype.
+        inputs: of any dtype.
+        weights: `gamma`, `beta` or both; None counts as absent.
+        **settings: of the operation: `axes`, `groups`, `centred`.
+
+    Returns:
+        The normalized input in the compute dtype, the variance, and the mean unless `centred` is False.
+    """
     dtype = _dtype(layer, inputs)
     along = [settings["groups"][0]] if "groups" in settings else settings["axes"]
     shape = [size if axis in along else 1 for axis, size in enumerate(inputs.shape)]
     given = {
         name: tf.reshape(keras.ops.cast(weight, dtype), shape) for name, weight in weights.items() if weight is not None
     }
-    return _normalization(
+    answers: tuple[Any, ...] = _normalization(
         inputs if inputs.dtype.is_floating else tf.cast(inputs, dtype),
         *given.values(),
         weights=tuple(given),
@@ -213,6 +223,11 @@ def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any
         output_dtype=layer.compute_dtype,
         **settings,
     )
+    return answers
+
+
+def _normalize(layer: Any, inputs: Any, weights: dict[str, Any], **settings: Any) -> Any:
+    return normalize_with_statistics(layer, inputs, weights, **settings)[0]
 
 
 def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
@@ -221,19 +236,16 @@ def _mean(x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
     if groups is None or groups[1] == x.shape[groups[0]]:
         return mean
     # All that is left has one element a channel.
-    by_group = tf.reshape(mean, [-1, groups[1], x.shape[groups[0]] // groups[1]])
-    by_group = tf.broadcast_to(tf.reduce_mean(by_group, -1, keepdims=True), tf.shape(by_group))
-    return tf.reshape(by_group, tf.shape(mean))
+    return tf.reduce_mean(tf.reshape(mean, [-1, groups[1], x.shape[groups[0]] // groups[1]]), -1, keepdims=True)
 
 
-def _normalized(
-    x: Any, axes: tuple[int, ...], groups: tuple[int, int] | None, centred: bool, epsilon: float, dtype: str
-) -> tuple[Any, Any]:
-    x = tf.cast(x, dtype)
-    if centred:
-        x -= _mean(x, axes, groups)
-    inverse = tf.math.rsqrt(_mean(tf.square(x), axes, groups) + epsilon)
-    return x * inverse, inverse
+def _along(x: Any, mean: Any, axes: tuple[int, ...], groups: tuple[int, int] | None) -> Any:
+    """What `_mean` answered, for each channel, so that it broadcasts to `x`."""
+    if groups is None or groups[1] == x.shape[groups[0]]:
+        return mean
+    sizes = keras.ops.shape(x)
+    by_channel = tf.broadcast_to(mean, [sizes[0], groups[1], x.shape[groups[0]] // groups[1]])
+    return tf.reshape(by_channel, [1 if axis in axes else size for axis, size in enumerate(sizes)])
 
 
 def _normalization_forward(
@@ -246,14 +258,19 @@ def _normalization_forward(
     output_dtype: str,
     groups: tuple[int, int] | None = None,
     centred: bool = True,
-) -> Any:
+) -> tuple[Any, ...]:
     given = dict(zip(weights, values, strict=True))
-    y, _ = _normalized(x, axes, groups, centred, epsilon, dtype)
+    y = tf.cast(x, dtype)
+    means = [_mean(y, axes, groups)] if centred else []
+    for mean in means:
+        y -= _along(x, mean, axes, groups)
+    variance = _mean(tf.square(y), axes, groups)
+    y *= _along(x, tf.math.rsqrt(variance + epsilon), axes, groups)
     if "gamma" in given:
         y *= given["gamma"]
     if "beta" in given:
         y += given["beta"]
-    return tf.cast(y, output_dtype)
+    return tf.cast(y, output_dtype), variance, *means
 
 
 def _normalization_backward(
@@ -268,14 +285,18 @@ def _normalization_backward(
     centred: bool = True,
 ) -> Any:
     del output_dtype
-    *of_weights, upstream = values
+    of_weights, (variance, *means), upstream = values[: len(weights)], values[len(weights) : -1], values[-1]
     given = dict(zip(weights, of_weights, strict=True))
-    n, inverse = _normalized(x, axes, groups, centred, epsilon, dtype)
+    n = tf.cast(x, dtype)
+    for mean in means:
+        n -= _along(x, mean, axes, groups)
+    inverse = _along(x, tf.math.rsqrt(variance + epsilon), axes, groups)
+    n *= inverse
     g = tf.cast(upstream, dtype)
     h = g * given["gamma"] if "gamma" in given else g
-    to_x = h - n * _mean(h * n, axes, groups)
+    to_x = h - n * _along(x, _mean(h * n, axes, groups), axes, groups)
     if centred:
-        to_x -= _mean(h, axes, groups)
+        to_x -= _along(x, _mean(h, axes, groups), axes, groups)
     of_weight = {"gamma": g * n, "beta": g}
     along = (groups[0],) if groups else axes
     other_axes = tuple(axis for axis in range(len(x.shape)) if axis not in along)
@@ -285,4 +306,4 @@ def _normalization_backward(
     ]
 
 
-_normalization = fusion.operation(_normalization_forward, _normalization_backward)
+_normalization = fusion.operation(_normalization_forward, _normalization_backward, keeps_statistics=True)

@@ -60,24 +60,20 @@ class UnitNormalization(keras.layers.UnitNormalization):
             axes=tuple(axis % len(inputs.shape) for axis in axes),
             dtype=dtype,
             output_dtype=self.compute_dtype,
-        )
+        )[0]
 
 
-def _inverse_norm(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
-    """One over the norm, and whether the norm is long enough to divide by."""
-    inverse = tf.math.rsqrt(fusion.total(tf.square(x), axes))
-    return tf.minimum(inverse, 1 / _EPSILON), inverse < 1 / _EPSILON
-
-
-def _unit_forward(x: Any, *, axes: tuple[int, ...], dtype: str, output_dtype: str) -> Any:
+def _unit_forward(x: Any, *, axes: tuple[int, ...], dtype: str, output_dtype: str) -> tuple[Any, Any]:
     x = tf.cast(x, dtype)
-    return tf.cast(x * _inverse_norm(x, axes)[0], output_dtype)
+    inverse = tf.math.rsqrt(fusion.total(tf.square(x), axes))
+    return tf.cast(x * tf.minimum(inverse, 1 / _EPSILON), output_dtype), inverse
 
 
-def _unit_backward(x: Any, upstream: Any, *, axes: tuple[int, ...], dtype: str, output_dtype: str) -> Any:
+def _unit_backward(x: Any, inverse: Any, upstream: Any, *, axes: tuple[int, ...], dtype: str, output_dtype: str) -> Any:
     del output_dtype
     wide, g = tf.cast(x, dtype), tf.cast(upstream, dtype)
-    inverse, long = _inverse_norm(wide, axes)
+    long = inverse < 1 / _EPSILON  # enough to divide by
+    inverse = tf.minimum(inverse, 1 / _EPSILON)
     y = wide * inverse
     zero = tf.zeros([], dtype)
     to_x = inverse * (g - tf.where(long, y * fusion.total(g * y, axes), zero))
@@ -86,4 +82,4 @@ def _unit_backward(x: Any, upstream: Any, *, axes: tuple[int, ...], dtype: str, 
     return tf.cast(to_x, x.dtype)
 
 
-_unit = fusion.operation(_unit_forward, _unit_backward)
+_unit = fusion.operation(_unit_forward, _unit_backward, keeps_statistics=True)
