@@ -18,7 +18,7 @@ ROWS = 4
 
 
 def build_model(policy):
-    """A model of images and of words, with most layers of ours, what draws numbers, adds losses and keeps statistics."""
+    """A model of images and of words, most layers of ours, with random numbers, losses of layers and statistics."""
     with keras_mp.policy_scope(policy):
         images = keras.Input((16, 16, 3), name="images")
         x = keras_mp.layers.Resizing(12, 12)(images)
