@@ -54,6 +54,7 @@ bench: $(INSTALLED) ## time everything in benchmarks/ against stock Keras; wants
 	@$(BIN)/python -m benchmarks.optimizer
 	@$(BIN)/python -m benchmarks.layers
 	@$(BIN)/python -m benchmarks.attention
+	@$(BIN)/python -m benchmarks.distribution
 
 bench-aot: ## memory of the layers on TPU v5e and H100, by their compilers; needs neither, and may share the machine
 	@$(MAKE) --no-print-directory VENV=.venv-aot EXTRA=cpu,aot install

@@ -15,6 +15,7 @@ from keras_mp.optimizer import LossScaleOptimizer
 from keras_mp.policy import chosen_policy, needs_loss_scaling, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
+from keras_mp.training import Model
 
 __all__ = ["Float32Regularizer", "OutputCast", "convert"]
 
@@ -285,7 +286,11 @@ def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild)
             arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
         arguments["optimizer"] = _carried(model.optimizer, converted, rebuild)
         # A `compile` of the user's has set attributes, which are copied already.
-        keras.Model.compile(converted, **arguments, auto_scale_loss=False)
+        if isinstance(converted, Model):
+            arguments["jit_compile"] = model.get_compile_config()["jit_compile"]
+            Model.compile(converted, **arguments, auto_scale_loss=False)
+        else:
+            keras.Model.compile(converted, **arguments, auto_scale_loss=False)
     for owner, name, optimizer in rebuild.optimizers:
         setattr(owner, name, _carried(optimizer, converted, rebuild))
 

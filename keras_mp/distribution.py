@@ -92,7 +92,7 @@ def strategy(
     elif kind == "multiworker":
         made = _multi_worker(communication, timeout)
     elif kind == "mirrored":
-        made = tf.distribute.MirroredStrategy(_devices(devices))
+        made = backend.mirrored_strategy(_devices(devices))
     else:
         made = tf.distribute.get_strategy()
     hardware.remember(made)
@@ -221,15 +221,12 @@ def rows_of_replicas(strategy: tf.distribute.Strategy, batch: Any) -> list[int]:
         batch: nested structure of what a distributed dataset's iterator gives.
     """
     first = next(leaf for leaf in keras.tree.flatten(batch) if leaf is not None)
-
-    @tf.function
-    def gather(value: Any) -> Any:
-        def on_replica(value: tf.Tensor) -> tf.Tensor:
-            return tf.distribute.get_replica_context().all_gather(tf.shape(value)[:1], axis=0)
-
-        return strategy.run(on_replica, (value,))
-
-    return [int(rows) for rows in strategy.experimental_local_results(gather(first))[0]]
+    rows = [int(keras.ops.shape(value)[0]) for value in strategy.experimental_local_results(first)]
+    if len(rows) == strategy.num_replicas_in_sync:
+        return rows
+    mine = iter(rows)
+    values = strategy.experimental_distribute_values_from_function(lambda _: tf.constant([next(mine)]))
+    return strategy.gather(values, axis=0).numpy().tolist()
 
 
 def sum_over_replicas(values: "Sequence[tf.Tensor | tf.IndexedSlices | None]") -> list[Any]:

@@ -7,13 +7,13 @@ what the layers changed. Who called it adds up over replicas and assigns.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, distribution
 
 __all__ = ["ForwardBackward", "Pass"]
 
@@ -49,7 +49,8 @@ class ForwardBackward:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self._assigned: dict[str, keras.Variable] = {}
-        self._compiled = tf.function(self._run, jit_compile=True, autograph=False, reduce_retracing=True)
+        self._compiled = tf.function(self._run_compiled, jit_compile=True, autograph=False, reduce_retracing=True)
+        self._wants_totals = False
 
     def __call__(
         self,
@@ -83,11 +84,11 @@ class ForwardBackward:
             if self._talks_to_other_replicas():
                 # What lies between the collectives is compiled, the collectives are not.
                 with tf.xla.experimental.jit_scope():
-                    found = self._run(*arguments, **settings)
+                    found = self._run(_total_over_replicas, *arguments, **settings)
             else:
-                found = self._compiled(*arguments, **settings)
+                found = self._take_compiled(*arguments, **settings)
         else:
-            found = self._run(*arguments, **settings)
+            found = self._run(_total_over_replicas, *arguments, **settings)
         outputs = keras.tree.map_structure(_with_attachments, found["outputs"], found["masks"], found["logits"])
         state = [(self._assigned[key], value) for key, value in found["state"].items()]
         return Pass(found["loss"], found["gradients"], outputs, state)
@@ -103,8 +104,42 @@ class ForwardBackward:
     def _talks_to_other_replicas(self) -> bool:
         return tf.distribute.has_strategy() and bool(self.synchronized_layers())
 
+    def _take_compiled(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        # A mean that divides by a number that only the pass knows, as of elements that are not masked, needs its sum
+        # over replicas in the midst of the pass. So what makes that number is run before, without XLA; TensorFlow
+        # leaves out of it all that nobody asks for.
+        try:
+            return self._compiled(self._totals(*arguments, **settings), *arguments, **settings)
+        except _TotalsWantedError:
+            self._wants_totals = True
+            return self._compiled(self._totals(*arguments, **settings), *arguments, **settings)
+
+    def _totals(self, *arguments: Any, **settings: Any) -> list[tf.Tensor]:
+        counted: list[tf.Tensor] = []
+
+        def count(value: tf.Tensor) -> tf.Tensor:
+            counted.append(value)
+            return value
+
+        if self._wants_totals and not settings["only_outputs"]:
+            x, y, sample_weight, values, seeds, _, share = arguments
+            self._run(count, x, y, sample_weight, values, seeds, None, share, **settings)  # no scale, no gradients
+        return distribution.sum_over_replicas(counted)
+
+    def _run_compiled(self, totals: list[tf.Tensor], *arguments: Any, **settings: Any) -> dict[str, Any]:
+        given = iter(totals)
+
+        def total_of(_: tf.Tensor) -> tf.Tensor:
+            total = next(given, None)
+            if total is None:
+                raise _TotalsWantedError
+            return total
+
+        return self._run(total_of, *arguments, **settings)
+
     def _run(
         self,
+        total_of: Callable[[tf.Tensor], tf.Tensor],
         x: Any,
         y: Any,
         sample_weight: Any,
@@ -125,11 +160,17 @@ class ForwardBackward:
             for variable, value in zip(variables, values, strict=True)
         ]
         tape = tf.GradientTape() if scale is not None else contextlib.nullcontext()
-        with tape, _State(zip(variables, own, strict=True), trainable, tape) as state, backend.share_of_batch(share):
+        with (
+            tape,
+            _State(zip(variables, own, strict=True), trainable, tape) as state,
+            backend.share_of_batch(share, total_of),
+        ):
             outputs = backend.call(model, x, training)
             if not only_outputs:
                 loss = backend.compute_loss(model, x, y, outputs, sample_weight, training)
                 loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)
+                if share is not None:  # a mean over no rows may be NaN
+                    loss = tf.where(share > 0, loss, tf.zeros_like(loss)) * tf.cast(share, loss.dtype)
             if scale is not None:
                 scaled = loss * tf.cast(scale, loss.dtype)
         if scale is not None:
@@ -147,6 +188,14 @@ class ForwardBackward:
             "logits": keras.tree.map_structure(backend.logits_of, outputs),
             "state": new,
         }
+
+
+def _total_over_replicas(value: tf.Tensor) -> tf.Tensor:
+    return distribution.sum_over_replicas([value])[0]
+
+
+class _TotalsWantedError(Exception):
+    """A compiled pass divides by a number of which it was not given the sum over replicas."""
 
 
 class _State(keras.StatelessScope):

@@ -289,13 +289,17 @@ def _unmade(cls: Any) -> Any:
 
 @functools.cache
 def _kept_by_libraries() -> frozenset[str]:
-    """The attributes that `compile` and `fit`, and TensorFlow for its checkpoints, keep on a model for themselves."""
+    """The attributes that `compile` and `fit`, and TensorFlow for its checkpoints, keep on a model for themselves.
+
+    And the strategy: a copy is of the scope that it is made in.
+    """
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     before = dict(vars(model))
     model.compile("sgd", "mse", metrics=["mse"], jit_compile=False)
     compiled = {name for name, value in vars(model).items() if name not in before or before[name] is not value}
     of_tensorflow = {name for name in before if name.startswith("_self_")}
-    return frozenset(compiled | of_tensorflow | {"train_function", "test_function", "predict_function"})
+    functions = {"train_function", "test_function", "predict_function", "_forward_backward"}
+    return frozenset(compiled | of_tensorflow | functions | {"_distribute_strategy"})
 
 
 @contextlib.contextmanager

@@ -39,9 +39,8 @@ class Model(keras.Model):
     - A batch of which the optimizer skips the step leaves no value in the layers' state that is not finite.
 
     A model with replicas is made, and compiled, in the scope of its strategy; see `keras_mp.strategy`. A loss with
-    `reduction="sum"` is the sum over all replicas. Losses of `add_loss` count as means over the rows. Where outputs
-    have a mask, and with `reduction="mean_with_sample_weight"`, each replica divides by its own number of elements or
-    sum of weights, and the replicas' means are weighted by their rows.
+    `reduction="sum"` is the sum over all replicas. Losses of `add_loss`, and what a `compute_loss` of one's own
+    returns, count as means over the rows.
 
     A `train_step` of one's own that calls `super().train_step(data)` keeps all this. One that does its own forward and
     backward pass is run as Keras runs it, on one replica compiled as a whole if `jit_compile` says so.
@@ -93,14 +92,14 @@ class Model(keras.Model):
         """Makes a model of the layers and weights of one that exists; both share them from then on.
 
         Args:
-            model: a functional or built sequential Keras model. It is left as it was. Call it in the scope of a
-                strategy if the model was made there.
+            model: a functional or built sequential Keras model. It is left as it was.
 
         Returns:
-            A functional model, not compiled, of the same name.
+            A functional model, not compiled, of the same name, in the scope of the same strategy.
 
         Raises:
             ArgumentError: for a model without inputs and outputs that are known, with what to do instead.
+            DistributionError: in the scope of a strategy that the model was not made in.
 
         Example:
             >>> import keras, keras_mp
@@ -127,7 +126,15 @@ class Model(keras.Model):
                 f"from_model(): {model.name!r} ({type(model).__name__}) is a subclassed model, of which Keras knows no "
                 f"inputs and outputs. Make it `class {type(model).__name__}(keras_mp.Model)` instead."
             )
-        return cls(inputs, outputs, name=model.name)
+        own = backend.strategy_of(model)
+        if tf.distribute.has_strategy() and own is not tf.distribute.get_strategy():
+            raise DistributionError(
+                f"from_model(): {model.name!r} was not made in the scope of the strategy in force, so that its weights "
+                "have no copy on each device. Make it there, or make a copy of it there: "
+                'keras_mp.Model.from_model(keras_mp.convert(model, "float32")), or another policy.'
+            )
+        with contextlib.nullcontext() if own is None or tf.distribute.has_strategy() else own.scope():
+            return cls(inputs, outputs, name=model.name)
 
     def compile(
         self,
@@ -162,27 +169,29 @@ class Model(keras.Model):
         """
         if jit_compile not in (True, False, "auto"):
             raise ArgumentError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
-        optimizer = keras.optimizers.get(optimizer)
-        scales = optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if auto_scale_loss and not scales and self._computes_in_float16():
-            with self.distribute_strategy.scope():
+        distribution.require_one_strategy(self, None)
+        compiles, reason = self._choose_jit_compile(jit_compile, run_eagerly)
+        # What is named by a string is made here, where the model was.
+        with contextlib.nullcontext() if tf.distribute.has_strategy() else self.distribute_strategy.scope():
+            optimizer = keras.optimizers.get(optimizer)
+            scales = optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+            if auto_scale_loss and not scales and self._computes_in_float16():
                 optimizer = LossScaleOptimizer(optimizer)
-        distribution.require_one_strategy(self, optimizer)
-        self._jit_compile_asked = jit_compile
-        compiles, self._jit_compile_reason = self._choose_jit_compile(jit_compile, run_eagerly)
-        super().compile(
-            optimizer=optimizer,
-            loss=loss,
-            loss_weights=loss_weights,
-            metrics=metrics,
-            weighted_metrics=weighted_metrics,
-            run_eagerly=run_eagerly,
-            steps_per_execution=steps_per_execution,
-            jit_compile=compiles,
-            auto_scale_loss=False,
-        )
-        if compiles and not self.jit_compile:
-            self._jit_compile_reason = "not compiled: TensorFlow's ops are to be deterministic, which XLA's are not"
+            distribution.require_one_strategy(self, optimizer)
+            super().compile(
+                optimizer=optimizer,
+                loss=loss,
+                loss_weights=loss_weights,
+                metrics=metrics,
+                weighted_metrics=weighted_metrics,
+                run_eagerly=run_eagerly,
+                steps_per_execution=steps_per_execution,
+                jit_compile=compiles,
+                auto_scale_loss=False,
+            )
+        if compiles and not self.jit_compile and not run_eagerly:
+            reason = "not compiled: TensorFlow's ops are to be deterministic, which XLA's are not"
+        self._jit_compile_asked, self._jit_compile_reason = jit_compile, reason
         self._forward_backward = None
 
     @property
@@ -371,7 +380,9 @@ class Model(keras.Model):
     def _what_is_compiled(self) -> str:
         names = ForwardBackward(self).synchronized_layers() if self.distribute_strategy.num_replicas_in_sync > 1 else []
         between = f" between the layers that add up over replicas ({_listed(map(repr, names))})" if names else ""
-        return f"the forward and backward pass{between}"
+        several = self.distribute_strategy.num_replicas_in_sync > 1
+        of_base = " of `super().train_step`" if several and type(self).train_step is not Model.train_step else ""
+        return f"the forward and backward pass{of_base}{between}"
 
     def _run(self, *arguments: Any, **settings: Any) -> Pass:
         if self._forward_backward is None:

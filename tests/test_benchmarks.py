@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import aot, attention, harness, layers, optimizer, summary
+from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -321,3 +322,32 @@ def test_the_table_of_the_readme():
     results = json.loads(summary.RESULTS.read_text())
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert "\n".join(summary.rows(results)) in readme, "python -m benchmarks.summary prints what the README is to hold"
+
+
+def test_ways_to_train_that_are_timed_against_each_other_train_alike(mirrored, monkeypatch):
+    monkeypatch.setattr(
+        distribution, "_strategy", lambda count: tf.distribute.get_strategy() if count == 1 else mirrored(2)
+    )
+    names = [distribution.STOCK, distribution.OURS_XLA, distribution.OURS_TWO]
+    losses = {}
+    for setting in (each for each in distribution.CASES if each.name in names):
+        keras.utils.set_random_seed(0)
+        case = distribution.make_case("perceptron", setting, distribution.SIZES["quick"], "float32")
+        losses[case.name] = [case.run() for _ in range(3)]
+    assert set(losses) == set(names)
+    for values in losses.values():
+        np.testing.assert_allclose(values, losses[distribution.STOCK], rtol=1e-4)
+    for group in distribution.groups(distribution.SIZES["quick"]):
+        for comparison in group.comparisons:
+            assert {comparison.case, *comparison.against} <= {each.name for each in distribution.CASES}
+
+
+def test_the_first_epochs_are_counted_and_shown():
+    found = distribution.epochs(distribution.OURS_XLA, distribution.SIZES["quick"])
+    assert len(found["seconds"]) == len(found["graphs"]) == distribution.EPOCHS
+    # One when the model was made, and at least one for each of the two sizes of a batch; the later epochs make none.
+    assert found["graphs"][0] >= 2
+    assert found["graphs"][1:] == [found["graphs"][0]] * 2
+    grids = [grid.as_json() for grid in distribution.count_traces({"a": found})]
+    graphs = " | ".join([f"{found['graphs'][0]:.2f}"] * distribution.EPOCHS)
+    assert f"| a | {graphs} |" in harness.table({"theme": "example", "machine": MACHINE, "grids": grids})

@@ -184,3 +184,20 @@ def test_sums_of_several_dtypes_are_taken_at_once(mirrored):
 
     sums = tf.function(lambda: strategy.run(on_replica))()
     assert [strategy.experimental_local_results(value)[1].numpy() for value in sums] == [3, 1.5, 30]
+
+
+def test_strategies_made_one_after_the_other_do_not_disturb_each_other():
+    """A cell of a notebook that is run again, with other devices: TensorFlow's own fail here, or wait for ever."""
+    strategies = [
+        keras_mp.strategy("mirrored", devices=[f"CPU:{index}" for index in range(count)]) for count in (2, 3, 2)
+    ]
+
+    def total(strategy):
+        def on_replica():
+            with tf.xla.experimental.jit_scope():
+                return distribution.sum_over_replicas([tf.ones([3])])[0]
+
+        return strategy.experimental_local_results(tf.function(lambda: strategy.run(on_replica))())[0].numpy().tolist()
+
+    for _ in range(2):
+        assert [total(strategy) for strategy in strategies] == [[2.0] * 3, [3.0] * 3, [2.0] * 3]

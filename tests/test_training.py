@@ -57,11 +57,28 @@ def embedding(model_type):
     return model_type(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
 
 
+def words(model_type):
+    inputs = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(10, 4, mask_zero=True)(inputs)
+    return model_type(inputs, keras.layers.Dense(3)(x))
+
+
+def with_compute_loss(model_type):
+    class OwnLoss(model_type):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight, training) + keras.ops.mean(keras.ops.abs(y_pred))
+
+    return classifier(OwnLoss)
+
+
 def scalar_loss(y_true, y_pred):
     return keras.ops.mean(keras.ops.square(y_pred - keras.ops.one_hot(keras.ops.cast(y_true, "int32"), 3)))
 
 
 CROSSENTROPY = functools.partial(keras.losses.SparseCategoricalCrossentropy, from_logits=True)
+WORDS, TAGS = (np.random.default_rng(1).integers(low, high, (ROWS, 6)) for low, high in ((1, 10), (0, 3)))
+WORDS[::3, 2:] = 0  # masked: the replicas do not have as many words each
+WORDS[:8:2] = 0
 TWO_X, TWO_Y = {"a": X, "b": X[::-1]}, {"class": Y, "value": X[:, :1]}
 
 # How the model is made, what `compile` gets besides the optimizer, what `fit` gets.
@@ -95,6 +112,13 @@ CASES = {
         {"x": TWO_X, "y": TWO_Y},
     ),
     "embedding": (embedding, {"loss": CROSSENTROPY}, {"x": np.arange(ROWS * 3).reshape(ROWS, 3) % 10, "y": Y}),
+    "masks": (words, {"loss": CROSSENTROPY, "metrics": lambda: ["accuracy"]}, {"x": WORDS, "y": TAGS}),
+    "mean over masked weights": (
+        words,
+        {"loss": lambda: CROSSENTROPY(reduction="mean_with_sample_weight")},
+        {"x": WORDS, "y": TAGS, "sample_weight": np.linspace(0, 2, ROWS * 6).reshape(ROWS, 6)},
+    ),
+    "compute_loss of one's own": (with_compute_loss, {"loss": CROSSENTROPY}, {"x": X, "y": Y}),
     "several steps at once": (
         classifier,
         {"loss": CROSSENTROPY, "steps_per_execution": lambda: 2},
@@ -149,6 +173,7 @@ def test_two_replicas_under_xla_train_as_stock_keras_does_on_one_device(case, mi
         ("synchronized batch statistics", 2, False),
         ("synchronized batch statistics", 4, True),
         ("several outputs, dictionaries, loss weights", 4, False),
+        ("masks", 4, False),
         pytest.param("regularizer, accuracy", 4, True, marks=pytest.mark.slow),
     ],
 )
