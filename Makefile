@@ -20,6 +20,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),dev,examples]"
+	@$(BIN)/python -m pip install --quiet --no-deps --group no-deps
 	@touch $@
 
 install: $(INSTALLED) ## make .venv and install the package with its development tools

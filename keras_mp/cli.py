@@ -1,11 +1,16 @@
 """The `keras-mp` command: parses, asks the other modules, prints."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
+import pathlib
 import platform
 import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import keras
@@ -16,7 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_mp import hardware
+from keras_mp.errors import KerasMPError, KerasMPWarning
+from keras_mp.export import ExportReport, verify_export
+from keras_mp.export import export as export_model
+from keras_mp.export.record import read_record
 from keras_mp.launch import launch as launch_workers
+from keras_mp.loading import load_model
 
 __all__ = ["app"]
 
@@ -74,6 +84,113 @@ def launch(
         raise typer.BadParameter(f"There is no file {script!r}. Name a Python script, or a module after --module.")
     command = [sys.executable, *(["-m"] if module else []), script, *(arguments or [])]
     raise typer.Exit(launch_workers(command, workers))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A .keras file.")],
+    path: Annotated[str, typer.Argument(help="Folder for the versions, such as saved_models/digits.")],
+    precision: Annotated[
+        str, typer.Option(help="What to multiply in: float32; mixed, as trained; auto, by the hardware here.")
+    ] = "auto",
+    weights: Annotated[str, typer.Option(help="What to store: float32, half, float16 or bfloat16.")] = "float32",
+    format: Annotated[str, typer.Option(help="saved_model, litert or onnx.")] = "saved_model",
+    jit_compile: Annotated[bool, typer.Option("--jit-compile", help="Have XLA compile the signatures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
+) -> None:
+    """Write a trained model for serving: float32 in and out, versioned, run without Keras before it is published."""
+    with _plain_errors():
+        trained = load_model(model, compile=False)
+        written = export_model(
+            trained, path, precision=precision, weights=weights, format=format, jit_compile=jit_compile
+        )
+        record = read_record(written) if written.is_dir() else None
+    if record is None:
+        facts: dict[str, Any] = {"path": str(written), "bytes": written.stat().st_size}
+        typer.echo(json.dumps(facts, indent=2) if as_json else f"Wrote {written}, {facts['bytes']:,} bytes.")
+    elif as_json:
+        typer.echo(json.dumps({"path": str(written), **record}, indent=2))
+    else:
+        _print_export(written, record)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="One version of an export, such as saved_models/digits/1.")],
+    model: Annotated[
+        str | None, typer.Option(help="The .keras file to compare with; else what it answered when it was written.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
+) -> None:
+    """Check the files of an export, run it without Keras and compare its answers."""
+    with _plain_errors():
+        report = verify_export(path, None if model is None else load_model(model, compile=False))
+    if as_json:
+        facts = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+        facts |= {"path": str(report.path), "compared_with": model or "the answers at export"}
+        facts["outputs"] = {name: dataclasses.asdict(output) for name, output in report.outputs.items()}
+        typer.echo(json.dumps({key: value for key, value in facts.items() if key != "answers"}, indent=2))
+    else:
+        _print_report(report, model)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong in words and exit code 1, not a traceback."""
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", KerasMPWarning)
+            yield
+    except KerasMPError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    finally:
+        for each in told:
+            if issubclass(each.category, KerasMPWarning):
+                typer.echo(f"Warning: {each.message}", err=True)
+
+
+def _print_export(path: pathlib.Path, record: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Wrote {path}, and ran it without Keras.", markup=False)
+    facts = Table("", "")
+    facts.add_row("trained under", ", ".join(record["policies"]))
+    facts.add_row("multiplies in", ", ".join(record["compute_dtypes"]))
+    facts.add_row("weights", record["weights"])
+    sizes = record["sizes"]
+    facts.add_row("size", f"{sizes['total']:,} bytes, {sizes['variables']:,} of variables, {sizes['graph']:,} of graph")
+    facts.add_row("weights in float32", f"{sizes['float32_weights']:,} bytes")
+    facts.add_row("fingerprint", record["fingerprint"][:16])
+    console.print(facts)
+    for name, signature in record["signatures"].items():
+        tensors = Table(name, "dtype", "shape", "largest error", "relative")
+        for each in signature["inputs"]:
+            tensors.add_row(f"{each['name']} (input)", each["dtype"], _shape(each["shape"]), "", "")
+        for each in signature["outputs"]:
+            error = record["errors"][name][each["name"]]
+            errors = f"{error['largest']:.2g}", f"{error['relative']:.2g}"
+            tensors.add_row(each["name"], each["dtype"], _shape(each["shape"]), *errors)
+        console.print(tensors)
+
+
+def _print_report(report: ExportReport, model: str | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    outputs = Table("output", "dtype", "shape", "finite", "largest error", "relative")
+    for name, each in report.outputs.items():
+        errors = f"{each.largest_error:.2g}", f"{each.relative_error:.2g}"
+        outputs.add_row(name, each.dtype, _shape(each.shape), "yes" if each.finite else "NO", *errors)
+    console.print(outputs)
+    console.print(f"Compared with {model or 'what it answered when it was written'}.", markup=False)
+    if not math.isnan(report.latency_ms):
+        beside = "" if report.model_latency_ms is None else f"; the Keras model {report.model_latency_ms:.2f} ms"
+        console.print(f"A call takes {report.latency_ms:.2f} ms without Keras{beside}.", markup=False)
+    if report.record is not None:
+        files = len(report.record["files"])
+        console.print(f"All {files} files are what was written ({report.record['fingerprint'][:16]}).", markup=False)
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return " x ".join("any" if size is None else str(size) for size in shape) or "scalar"
 
 
 def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _run_litert(file: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> dict[st
 def _onnx(saved_model: pathlib.Path, file: pathlib.Path) -> None:
     missing = [name for name in ("tf2onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"format='onnx' needs {' and '.join(missing)}. Type pip install tf2onnx onnxruntime.")
+        raise ExportError(f"format='onnx' needs {' and '.join(missing)}. Type pip install 'keras-mp[onnx]'.")
     command = [sys.executable, "-m", "tf2onnx.convert", "--saved-model", str(saved_model), "--output", str(file)]
     command += ["--opset", str(_OPSET), "--signature_def", "serving_default", "--tag", "serve"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}

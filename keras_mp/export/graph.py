@@ -186,7 +186,8 @@ def trace(
     # Variables alone: tracking the model itself would tie the file to Keras's classes.
     module.model_variables = storage.variables
     module.resources = resources_of(computing)
-    products = frozenset().union(*map(compute_dtypes, computing))
+    floats = {"bfloat16", "float16", "float32", "float64"}  # a layer that looks words up says "string"
+    products = frozenset().union(*map(compute_dtypes, computing)) & floats
     return Graph(
         dict(models),
         signatures,

@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_mp.errors import ExportError
 
-__all__ = ["FILE", "check_files", "read_record", "sizes_of", "write_record"]
+__all__ = ["check_files", "read_record", "sizes_of", "write_record"]
 
 # TensorFlow Serving reads nothing in assets.extra but its warm-up requests.
 FILE = "assets.extra/keras_mp.json"

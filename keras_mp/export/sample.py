@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_mp.export.signature import TensorInfo
 
-__all__ = ["FILE", "first_rows", "load_arrays", "made_up", "read_sample", "save_arrays", "write_sample"]
+__all__ = ["first_rows", "load_arrays", "made_up", "read_sample", "save_arrays", "write_sample"]
 
 FILE = "assets.extra/keras_mp_sample.npz"
 

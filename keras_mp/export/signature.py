@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_mp.errors import ExportError
 
-__all__ = ["Names", "Signature", "TensorInfo", "as_array", "by_name", "named_outputs", "signature_of", "widened"]
+__all__ = ["Signature", "TensorInfo", "as_array", "by_name", "named_outputs", "signature_of", "widened"]
 
 # What TensorFlow Serving's REST interface converts from JSON and to it (its util/json_tensor.cc). Half and bfloat16 are
 # not on the list, nor is uint16.

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp.errors import ExportError
 
-__all__ = ["FILE", "available", "write_requests"]
+__all__ = ["available", "write_requests"]
 
 FILE = "assets.extra/tf_serving_warmup_requests"
 
