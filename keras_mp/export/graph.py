@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.errors import ExportError
+from keras_mp.export.constants import widen_constants
 from keras_mp.export.precision import Storage, half_of, narrow_dtypes, resources_of, with_precision
 from keras_mp.export.sample import made_up
 from keras_mp.export.signature import Names, Signature, as_array, by_name, signature_of, widened
@@ -141,6 +142,8 @@ class Graph:
             path: an empty folder.
         """
         tf.saved_model.save(self.module, str(path), signatures=self.functions)
+        if "bfloat16" in self.products:
+            widen_constants(path)
 
     def _outputs(self, name: str) -> Iterator[tuple[str, tf.TensorSpec]]:
         """In the order of `own_outputs`; TensorFlow sorts them."""

@@ -19,9 +19,14 @@ from tests.export import serving_models
 # Policy of training, precision and weights of the export.
 VARIANTS = {
     "float32": ("float32", "float32", "float32"),
-    "half storage": ("float32", "float32", "half"),
+    "half": ("float32", "float32", "half"),
     "float16": ("mixed_float16", "mixed", "half"),
     "bfloat16": ("mixed_bfloat16", "mixed", "half"),
+}
+# What the others show of these as well.
+FEWER = {
+    "half": [serving_models.digits, serving_models.recommender, serving_models.strings],
+    "float16": [serving_models.digits, serving_models.transformer, serving_models.detector],
 }
 
 
@@ -55,7 +60,7 @@ def exports(tmp_path_factory, mirrored):
 
 def _write_all(folder, mirrored):
     for variant, (policy, precision, weights) in VARIANTS.items():
-        makers = serving_models.MAKERS if variant != "half storage" else [serving_models.digits, serving_models.strings]
+        makers = FEWER.get(variant, serving_models.MAKERS)
         for maker in makers:
             _write(folder, serving_models.make(maker, policy), variant, precision, weights)
     with mirrored(2).scope():

@@ -1,4 +1,4 @@
-"""The models that are exported in these tests: one of each kind that is served, small, with weights that are not zero."""
+"""The models that are exported in these tests: one of each kind that is served, small."""
 
 import keras
 import numpy as np
