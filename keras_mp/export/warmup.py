@@ -27,7 +27,7 @@ def available(wanted: bool | None) -> bool:
     if wanted and not found:
         raise ExportError(
             "Warm-up requests are made by tensorflow-serving-api, which is not installed. Type "
-            "pip install 'keras-mp[serving]', or warmup=False."
+            "pip install 'keras-mp[serving]', or warmup_requests=False."
         )
     return found and wanted is not False
 
