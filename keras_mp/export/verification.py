@@ -24,7 +24,16 @@ from keras_mp.export.sample import FILE as SAMPLE
 from keras_mp.export.sample import load_arrays, made_up, read_sample, save_arrays
 from keras_mp.export.signature import Signature, as_array, by_name, signature_of, widened
 
-__all__ = ["Answer", "ExportReport", "OutputReport", "compare", "fusion_is_safe", "run_alone", "verify_export"]
+__all__ = [
+    "Answer",
+    "ExportReport",
+    "OutputReport",
+    "compare",
+    "differing_share",
+    "fusion_is_safe",
+    "run_alone",
+    "verify_export",
+]
 
 _ADVICE = "Export the model again."
 
@@ -262,8 +271,7 @@ def compare(
         share = 1 - float(np.mean(same)) if same.size else 0.0
         numbers = np.issubdtype(found.dtype, np.integer)
         error = float(np.max(np.abs(found.astype("float64") - expected), initial=0.0)) if numbers else float(share > 0)
-        # The largest of two scores that 16 bits make equal may be either.
-        if share > (0.5 if dtypes & {"float16", "bfloat16"} else 0.0):
+        if share > differing_share(dtypes):
             raise ExportError(f"Output {name!r} of the export differs from the model's. {_ADVICE}")
         return OutputReport("string" if strings else found.dtype.name, found.shape, True, error, share)
     finite = bool(np.isfinite(found).all())
@@ -278,6 +286,15 @@ def compare(
             f"largest value; rounding explains {limit:g}. Was the model trained on since? Export it again."
         )
     return OutputReport(found.dtype.name, found.shape, finite, error, relative)
+
+
+def differing_share(dtypes: "set[str]") -> float:
+    """How many integers of an output may differ: of two scores that 16 bits make equal the largest may be either.
+
+    Args:
+        dtypes: those that are computed in.
+    """
+    return 0.5 if dtypes & {"float16", "bfloat16"} else 0.0
 
 
 def _signature_in(record: dict[str, Any] | None, model: keras.Model) -> Signature:

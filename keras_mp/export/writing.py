@@ -190,7 +190,9 @@ def _facts(graph: Graph, made: pathlib.Path, errors: dict[str, dict[str, dict[st
 def _warn_of_errors(graph: Graph, errors: dict[str, dict[str, dict[str, float]]]) -> None:
     for signature, outputs in errors.items():
         for name, error in outputs.items():
-            limit = tolerance_of(graph.dtypes | graph.trained_dtypes)
+            limit = tolerance_of(graph.trained_dtypes)
+            if not graph.functions[signature].structured_outputs[name].dtype.is_floating:
+                limit = verification.differing_share(graph.trained_dtypes)
             if not error["relative"] <= limit:
                 warnings.warn(
                     f"Output {name!r} of {signature!r} differs from the model's by {error['relative']:.2g} of its "
