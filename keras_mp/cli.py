@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -13,8 +14,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NoReturn
 
 import keras
 import numpy as np
@@ -26,6 +27,9 @@ from rich.table import Table
 from keras_mp import backend, hardware
 from keras_mp.convert import convert as convert_model
 from keras_mp.errors import KerasMPError, KerasMPWarning
+from keras_mp.export import ExportReport, verify_export
+from keras_mp.export import export as export_model
+from keras_mp.export.record import read_record
 from keras_mp.launch import launch as launch_workers
 from keras_mp.loading import load_model
 from keras_mp.policy_map import PolicyMap
@@ -38,6 +42,13 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
+
+
+_Modules = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import a module that registers custom layers. Repeatable."),
+]
+_Trust = Annotated[bool, typer.Option("--trust", help="Run the Python code in a file with Lambda layers.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -90,20 +101,15 @@ def launch(
 
 @app.command()
 def convert(
-    source: Annotated[pathlib.Path, typer.Argument(help="A .keras file.")],
+    source: Annotated[str, typer.Argument(help="A .keras file.")],
     target: Annotated[pathlib.Path, typer.Argument(help="The .keras file to write.")],
     policy: Annotated[str, typer.Option(help="A dtype policy, or auto: what `keras-mp doctor` recommends.")] = "auto",
     float32: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave layers whose path matches in float32, as '.*/logits'. Repeatable."),
     ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Import a module that registers custom layers. Repeatable."),
-    ] = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the Python code that a file with Lambda layers holds.")
-    ] = (False),
+    modules: _Modules = None,
+    trust: _Trust = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET where it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every layer as JSON, for programs.")] = False,
 ) -> None:
@@ -112,9 +118,8 @@ def convert(
         raise typer.BadParameter(f"TARGET must end in .keras, the format that keeps everything. Received: {target}")
     if target.exists() and not overwrite:
         raise typer.BadParameter(f"{target} exists. Name another file, or add --overwrite.")
-    _import_modules(modules or [])
-    with _in_words() as told:
-        model = load_model(source, safe_mode=not trust)
+    with _in_words():
+        model = _load(source, modules, trust, compile=True)
         if float32:
             chosen = hardware.detect().recommended_policy if policy == "auto" else policy
             converted = convert_model(model, PolicyMap(chosen, dict.fromkeys(float32, "float32")))
@@ -126,7 +131,7 @@ def convert(
             os.replace(written, target)
     layers = _layers_before_and_after(model, converted)
     if as_json:
-        typer.echo(json.dumps({"path": str(target), "layers": layers, "warnings": told}, indent=2))
+        typer.echo(json.dumps({"path": str(target), "layers": layers}, indent=2))
         return
     counts = collections.Counter((each["was"], each["is"], each["compute_dtype"]) for each in layers)
     table = Table("layers", "were", "are", "compute in")
@@ -134,20 +139,70 @@ def convert(
         table.add_row(str(count), was, now, dtype)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    for message in told:
-        console.print(message, markup=False)
     console.print(f"Wrote {target}.", markup=False)
 
 
-def _import_modules(names: list[str]) -> None:
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A .keras file.")],
+    path: Annotated[str, typer.Argument(help="Folder for the versions, such as saved_models/digits.")],
+    precision: Annotated[
+        str, typer.Option(help="What to multiply in: float32; mixed, as trained; auto, by the hardware here.")
+    ] = "auto",
+    weights: Annotated[str, typer.Option(help="What to store: float32, half, float16 or bfloat16.")] = "float32",
+    format: Annotated[str, typer.Option(help="saved_model, litert or onnx.")] = "saved_model",
+    jit_compile: Annotated[bool, typer.Option("--jit-compile", help="Have XLA compile the signatures.")] = False,
+    modules: _Modules = None,
+    trust: _Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
+) -> None:
+    """Write a trained model for serving: float32 in and out, versioned, run without Keras before it is published."""
+    with _in_words():
+        trained = _load(model, modules, trust, compile=False)
+        written = export_model(
+            trained, path, precision=precision, weights=weights, format=format, jit_compile=jit_compile
+        )
+        record = read_record(written) if written.is_dir() else None
+    if record is None:
+        facts: dict[str, Any] = {"path": str(written), "bytes": written.stat().st_size}
+        typer.echo(json.dumps(facts, indent=2) if as_json else f"Wrote {written}, {facts['bytes']:,} bytes.")
+    elif as_json:
+        typer.echo(json.dumps({"path": str(written), **record}, indent=2))
+    else:
+        _print_export(written, record)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="One version of an export, such as saved_models/digits/1.")],
+    model: Annotated[
+        str | None, typer.Option(help="The .keras file to compare with; else what it answered when it was written.")
+    ] = None,
+    modules: _Modules = None,
+    trust: _Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
+) -> None:
+    """Check the files of an export, run it without Keras and compare its answers."""
+    with _in_words():
+        report = verify_export(path, None if model is None else _load(model, modules, trust, compile=False))
+    if as_json:
+        facts = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+        facts |= {"path": str(report.path), "compared_with": model or "the answers at export"}
+        facts["outputs"] = {name: dataclasses.asdict(output) for name, output in report.outputs.items()}
+        typer.echo(json.dumps({key: value for key, value in facts.items() if key != "answers"}, indent=2))
+    else:
+        _print_report(report, model)
+
+
+def _load(path: str, modules: list[str] | None, trust: bool, compile: bool) -> keras.Model:
     sys.path.insert(0, os.getcwd())  # which Python itself does, but not for an installed command
-    for name in names:
+    for name in modules or []:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise typer.BadParameter(
-                f"--import {name}: {error}. Run the command where `import {name}` works."
-            ) from error
+            message = f"--import {name}: {error}. Run the command where `import {name}` works."
+            raise typer.BadParameter(message) from error
+    return load_model(path, safe_mode=not trust, compile=compile)
 
 
 def _folder(path: pathlib.Path) -> pathlib.Path:
@@ -157,27 +212,30 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[list[str]]:
-    """Ends the command on an error of ours with its message alone, and collects our warnings."""
-    told: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+def _in_words() -> Iterator[None]:
+    """What went wrong in words and exit code 1, not a traceback; warnings of ours go to stderr, those of others nowhere."""
+    with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", KerasMPWarning)
         try:
-            yield told
+            yield
         except KerasMPError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
+            _fail(str(error), error)
         except (TypeError, ValueError) as error:  # what Keras raises for files that need something from the user
             missing = re.search("Could not locate (class|function) '[^']*'", str(error))
             if missing:
-                typer.echo(f"Error: {missing[0]}. Name the module that registers it: --import MODULE.", err=True)
-            elif "safe_mode" in str(error):
-                typer.echo("Error: The file holds Python code. Add --trust if you know where it comes from.", err=True)
-            else:
-                raise
-            raise typer.Exit(1) from error
-        told += [str(each.message) for each in caught]
+                _fail(f"{missing[0]}. Name the module that registers it: --import MODULE.", error)
+            if "safe_mode" in str(error):
+                _fail("The file holds Python code. Add --trust if you know where it comes from.", error)
+            raise
+        finally:
+            for each in told:
+                typer.echo(f"Warning: {each.message}", err=True)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1) from error
 
 
 def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list[dict[str, str]]:
@@ -198,6 +256,49 @@ def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list
 def _class_name(layer: keras.Layer) -> str:
     package = type(layer).__module__.split(".")[0]
     return f"{package}.{type(layer).__name__}" if package == "keras_mp" else type(layer).__name__
+
+
+def _print_export(path: pathlib.Path, record: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Wrote {path}, and ran it without Keras.", markup=False)
+    facts = Table("", "")
+    facts.add_row("trained under", ", ".join(record["policies"]))
+    facts.add_row("multiplies in", ", ".join(record["compute_dtypes"]))
+    facts.add_row("weights", record["weights"])
+    sizes = record["sizes"]
+    facts.add_row("size", f"{sizes['total']:,} bytes, {sizes['variables']:,} of variables, {sizes['graph']:,} of graph")
+    facts.add_row("weights in float32", f"{sizes['float32_weights']:,} bytes")
+    facts.add_row("fingerprint", record["fingerprint"][:16])
+    console.print(facts)
+    for name, signature in record["signatures"].items():
+        tensors = Table(name, "dtype", "shape", "largest error", "relative")
+        for each in signature["inputs"]:
+            tensors.add_row(f"{each['name']} (input)", each["dtype"], _shape(each["shape"]), "", "")
+        for each in signature["outputs"]:
+            error = record["errors"][name][each["name"]]
+            errors = f"{error['largest']:.2g}", f"{error['relative']:.2g}"
+            tensors.add_row(each["name"], each["dtype"], _shape(each["shape"]), *errors)
+        console.print(tensors)
+
+
+def _print_report(report: ExportReport, model: str | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    outputs = Table("output", "dtype", "shape", "finite", "largest error", "relative")
+    for name, each in report.outputs.items():
+        errors = f"{each.largest_error:.2g}", f"{each.relative_error:.2g}"
+        outputs.add_row(name, each.dtype, _shape(each.shape), "yes" if each.finite else "NO", *errors)
+    console.print(outputs)
+    console.print(f"Compared with {model or 'what it answered when it was written'}.", markup=False)
+    if not math.isnan(report.latency_ms):
+        beside = "" if report.model_latency_ms is None else f"; the Keras model {report.model_latency_ms:.2f} ms"
+        console.print(f"A call takes {report.latency_ms:.2f} ms without Keras{beside}.", markup=False)
+    if report.record is not None:
+        files = len(report.record["files"])
+        console.print(f"All {files} files are what was written ({report.record['fingerprint'][:16]}).", markup=False)
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return " x ".join("any" if size is None else str(size) for size in shape) or "scalar"
 
 
 def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ KerasMPError
 ├── CompilationError (RuntimeError)        XLA cannot compile a layer
 ├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
 └── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
+    └── ExportWriteError (OSError)         the disk is full, or the folder cannot be written to
 ```
 
 Each is also the built-in exception that Keras raises in the like case, so that code written for Keras catches it. Each
@@ -24,6 +25,7 @@ __all__ = [
     "ConversionError",
     "DistributionError",
     "ExportError",
+    "ExportWriteError",
     "KerasMPError",
     "KerasMPWarning",
     "LossScaleStuckError",
@@ -75,6 +77,10 @@ class LossScaleStuckError(KerasMPError, RuntimeError):
 
 class ExportError(KerasMPError, ValueError):
     """A model cannot be written where it was asked for, or what was written does not equal the model."""
+
+
+class ExportWriteError(ExportError, OSError):
+    """A model could not be written: the disk is full, or the folder cannot be written to. Nothing was published."""
 
 
 class KerasMPWarning(UserWarning):

@@ -19,6 +19,7 @@ from keras_mp.errors import KerasMPWarning, PolicyError
 __all__ = [
     "advice",
     "chosen_policy",
+    "compute_dtypes",
     "needs_loss_scaling",
     "policy_scope",
     "preprocessing_scope",
@@ -170,6 +171,18 @@ def needs_loss_scaling(model: keras.Layer) -> bool:
     if not isinstance(model, keras.Layer):
         raise TypeError(f"Expected a Keras model or layer, received {model!r} of type {type(model).__name__}.")
     return any(layer.compute_dtype == "float16" for layer in _computing_layers(model))
+
+
+def compute_dtypes(model: keras.Layer) -> frozenset[str]:
+    """The dtypes that the layers of a model compute in.
+
+    Args:
+        model: a Keras model or layer. Every layer in it is asked, whatever the model's own policy is.
+
+    Returns:
+        Names of dtypes, such as `{"float32", "bfloat16"}`.
+    """
+    return frozenset(layer.compute_dtype for layer in _computing_layers(model))
 
 
 def _computing_layers(model: keras.Layer) -> list[keras.Layer]:

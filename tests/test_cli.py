@@ -150,11 +150,14 @@ def test_convert_pins_by_pattern_and_tells_programs_all(trained, monkeypatch):
     refused = run(*command)
     assert refused.exit_code == 2
     assert "there.keras exists" in refused.output
-    told = json.loads(run(*command, "--overwrite", "--json").output)
+    result = run(*command, "--overwrite", "--json")
+    told = json.loads(result.stdout)
     dtypes = {layer["path"]: layer["compute_dtype"] for layer in told["layers"]}
     assert dtypes["net/hidden"] == "float32"
     assert dtypes["net/norm"] == dtypes["net/logits"] == "bfloat16"
-    assert any("'net/lgits' matches no layer" in message and "'net/logits'" in message for message in told["warnings"])
+    (warned,) = [line for line in result.stderr.splitlines() if "'net/lgits' matches no layer" in line]
+    assert warned.startswith("Warning: ")
+    assert "Did you mean 'net/logits'" in warned
 
 
 @pytest.mark.parametrize(
@@ -190,3 +193,66 @@ def test_doctor_is_quiet():
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout)["recommended_policy"] == keras_mp.detect().recommended_policy
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model trained in bfloat16, as a .keras file, and its export by the command."""
+    folder = tmp_path_factory.mktemp("saved")
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    layers = [keras.Input((300,), name="x"), keras.layers.Dense(200, dtype=policy), keras.layers.Dense(2, name="y")]
+    model = keras.Sequential(layers)
+    model.save(folder / "m.keras")
+    result = run("export", str(folder / "m.keras"), str(folder / "m"), "--precision", "float32", "--weights", "half")
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_export_prints_what_it_wrote(saved):
+    folder, text = saved
+    assert f"Wrote {folder / 'm' / '1'}, and ran it without Keras." in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert ["multiplies in", "float32"] in rows
+    assert ["weights", "bfloat16"] in rows
+    assert ["trained under", "float32, mixed_bfloat16"] in rows
+    assert ["x (input)", "float32", "any x 300", "", ""] in rows
+    ((*_, largest, relative),) = [row for row in rows if row[:3] == ["y", "float32", "any x 2"]]
+    assert 0 < float(relative) < 5e-2
+    assert 0 < float(largest)
+
+
+def test_verify_prints_and_says_the_same_as_json(saved):
+    path = str(saved[0] / "m" / "1")
+    text = run("verify", path).output
+    assert "Compared with what it answered when it was written." in text
+    assert "All 6 files are what was written (" in text or "All 5 files are what was written (" in text
+    told = json.loads(run("verify", path, "--model", str(saved[0] / "m.keras"), "--json").output)
+    assert told["outputs"]["y"]["dtype"] == "float32"
+    assert 0 < told["outputs"]["y"]["relative_error"] < 5e-2
+    assert told["record"]["weights"] == "bfloat16"
+    assert told["latency_ms"] > 0
+    assert told["model_latency_ms"] > 0
+    assert told["compared_with"] == str(saved[0] / "m.keras")
+
+
+def test_export_and_verify_say_what_is_wrong_without_a_traceback(saved):
+    folder = saved[0]
+    for arguments, words in [
+        (["export", "nowhere.keras", str(folder / "n")], "There is no file 'nowhere.keras'. Expected a .keras file"),
+        (["export", str(folder / "m.keras"), str(folder / "n"), "--weights", "int8"], "Unknown weights 'int8'."),
+        (["verify", str(folder / "m")], "One of its versions may be meant: "),
+        (["verify", str(folder)], "it has no file saved_model.pb. Export a model there first."),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: ")
+        assert words in result.stderr
+        assert result.stdout == ""
+
+
+def test_export_to_another_format(saved):
+    told = json.loads(
+        run("export", str(saved[0] / "m.keras"), str(saved[0] / "lite"), "--format", "litert", "--json").output
+    )
+    assert told["path"] == str(saved[0] / "lite.tflite")
+    assert told["bytes"] > 4 * 300 * 200

@@ -1,0 +1,215 @@
+"""What an export computes in, and what it stores its weights in."""
+
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend, hardware
+from keras_mp.convert import convert
+from keras_mp.errors import ConversionError, ExportError, KerasMPWarning
+from keras_mp.policy import compute_dtypes
+
+__all__ = ["Storage", "half_of", "narrow_dtypes", "resources_of", "tolerance_of", "with_precision"]
+
+PRECISIONS = ("auto", "float32", "mixed")
+WEIGHTS = ("float32", "half", "float16", "bfloat16")
+
+# Largest difference between model and export, relative to the largest output, that rounding in the narrowest dtype can
+# explain where TensorFlow fuses ops in one of them and not in the other: a few units in the last place.
+_TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+_LARGEST_FLOAT16 = 65504.0
+
+
+def narrow_dtypes(model: keras.Model) -> frozenset[str]:
+    """The 16-bit dtypes that a model computes in.
+
+    Args:
+        model: a Keras model.
+
+    Example:
+
+    >>> import keras
+    >>> sorted(narrow_dtypes(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype="mixed_bfloat16")])))
+    ['bfloat16']
+    """
+    return compute_dtypes(model) & {"float16", "bfloat16"}
+
+
+def tolerance_of(dtypes: "set[str] | frozenset[str]") -> float:
+    """The largest error, relative to the largest output, that rounding in any of some dtypes explains.
+
+    Args:
+        dtypes: those that a model and its export compute in and store weights in.
+
+    Example:
+
+    >>> tolerance_of({"float32", "float16"})
+    0.01
+    """
+    return max((_TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+
+
+def with_precision(model: keras.Model, precision: str) -> keras.Model:
+    """The model itself, or its twin that computes in float32.
+
+    Args:
+        model: a Keras model.
+        precision: "float32"; "mixed" for the dtypes that it was trained in; or "auto", which is "mixed" where the
+            hardware here multiplies faster in them, and "float32" elsewhere.
+
+    Raises:
+        ExportError: for another precision.
+        ConversionError: for "float32" and a model that cannot be converted to it.
+
+    Warns:
+        KerasMPWarning: for float16 products on a CPU, and "mixed" for a model that has none.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(
+            f"Unknown precision {precision!r}. Type precision='float32', 'mixed' (as trained) or 'auto' (by the "
+            "hardware here)."
+        )
+    narrow, here = narrow_dtypes(model), hardware.detect()
+    if not narrow:
+        if precision == "mixed":
+            _warn(
+                f"precision='mixed': model {model.name!r} computes in no 16-bit dtype, so its export does not either. "
+                "Type keras_mp.convert(model, 'mixed_bfloat16') first, or precision='float32'."
+            )
+        return model
+    if precision == "mixed" or (precision == "auto" and narrow <= here.fast_dtypes):
+        if "float16" in narrow and not here.accelerators:
+            _warn(
+                "This export multiplies in float16, and a CPU may run TensorFlow's fused float16 product a thousand "
+                "times slower than float32. Serve it on a GPU, or type precision='float32'."
+            )
+        return model
+    try:
+        return convert(model, "float32")
+    except ConversionError as error:
+        if precision == "float32":
+            raise
+        _warn(f"The export computes as trained, not in float32, for the model cannot be converted: {error}")
+        return model
+
+
+def half_of(weights: str, model: keras.Model) -> str | None:
+    """The dtype that weights are stored in for an argument `weights`; None for as they are.
+
+    Args:
+        weights: "float32"; "float16" or "bfloat16"; or "half" for the one that the model was trained in, float16 where
+            it was trained in none, which has three bits more.
+        model: the model as it was trained.
+
+    Raises:
+        ExportError: for anything else.
+    """
+    if weights not in WEIGHTS:
+        raise ExportError(
+            f"Unknown weights {weights!r}. Type weights='float32', or for half the size 'half', 'float16' or "
+            "'bfloat16'."
+        )
+    if weights == "float32":
+        return None
+    if weights != "half":
+        return weights
+    return "bfloat16" if narrow_dtypes(model) == {"bfloat16"} else "float16"
+
+
+class Storage:
+    """The variables of an export, each held once however many signatures read it.
+
+    Args:
+        half: the dtype for float32 variables with two axes or more, or None to hold them as they are. Vectors, such as
+            biases and statistics, are small and stay in float32, and so does what float16 cannot hold.
+
+    Attributes:
+        kept: paths of the variables that were left in float32 because float16 cannot hold their values.
+    """
+
+    def __init__(self, half: str | None) -> None:
+        self.half = half
+        self.kept: list[str] = []
+        self._held: dict[int, tuple[keras.Variable, tf.Variable]] = {}
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What there is to write."""
+        return [held for _, held in self._held.values()]
+
+    def forward(self, computing: keras.Model, trained: keras.Model) -> Any:
+        """A function like the model, of its inputs, that reads these variables instead of the model's.
+
+        They are cast when it is called. Cast when a file is loaded, OpenVINO and tf2onnx would not know them.
+
+        Args:
+            computing: the model, or its twin in another precision.
+            trained: the model that was trained, whose values are stored.
+        """
+        owners = dict(zip(map(id, _variables(computing)), _variables(trained), strict=False))
+        if [v.shape for v in _variables(computing)] != [v.shape for v in _variables(trained)]:
+            owners = {id(variable): variable for variable in _variables(computing)}
+
+        def values(variables: list[keras.Variable]) -> list[tf.Tensor]:
+            return [tf.cast(self._hold(owners[id(each)]), each.dtype) for each in variables]
+
+        for variable in _variables(computing):
+            self._hold(owners[id(variable)])  # now, for a variable cannot be made while a graph is traced
+
+        def call(inputs: Any) -> Any:
+            trainable = values(computing.trainable_variables)
+            rest = values(computing.non_trainable_variables)
+            return computing.stateless_call(trainable, rest, inputs, training=False)[0]
+
+        return call
+
+    def _hold(self, variable: keras.Variable) -> tf.Variable:
+        if id(variable) not in self._held:
+            # Not the model's own: one of a strategy's has a copy on each replica, and a checkpoint all its names.
+            value = tf.convert_to_tensor(variable.value)
+            self._held[id(variable)] = (variable, tf.Variable(self._stored(variable, value), trainable=False))
+        return self._held[id(variable)][1]
+
+    def _stored(self, variable: keras.Variable, value: tf.Tensor) -> tf.Tensor:
+        if self.half is None or value.dtype != tf.float32 or value.shape.rank < 2:
+            return value
+        if self.half == "float16" and float(tf.reduce_max(tf.abs(value), axis=None)) > _LARGEST_FLOAT16:
+            self.kept.append(variable.path)
+            return value
+        return tf.cast(value, self.half)
+
+
+def resources_of(models: list[keras.Model]) -> list[Any]:
+    """Tables and variables that layers hold besides their Keras variables, which a SavedModel has to be told of.
+
+    Args:
+        models: Keras models.
+    """
+    found: dict[int, Any] = {}
+    kinds = (tf.saved_model.experimental.TrackableResource, tf.Variable, tf.Module)
+
+    def visit(value: Any) -> None:
+        if isinstance(value, kinds):
+            found[id(value)] = value
+        elif isinstance(value, dict):
+            for each in value.values():
+                visit(each)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                visit(each)
+
+    for model in models:
+        for layer in backend.layers_by_path(model).values():
+            for value in vars(layer).values():
+                visit(value)
+    return list(found.values())
+
+
+def _variables(model: keras.Model) -> list[keras.Variable]:
+    return [*model.trainable_variables, *model.non_trainable_variables]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, KerasMPWarning, stacklevel=4)
