@@ -213,7 +213,7 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _in_words() -> Iterator[None]:
-    """What went wrong in words and exit code 1, not a traceback; warnings of ours go to stderr, those of others nowhere."""
+    """What went wrong in words and exit code 1, not a traceback; our warnings go to stderr, others nowhere."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", KerasMPWarning)
