@@ -24,6 +24,7 @@ __all__ = [
     "call_before_training",
     "compile_arguments",
     "compute_loss",
+    "first_of_generator",
     "in_xla_context",
     "inner_layers",
     "is_default_strategy",
@@ -203,6 +204,18 @@ def call(model: keras.Model, x: Any, training: bool) -> Any:
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
     """`model.compute_loss`, also where a subclass overrides it without the argument `training`."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def first_of_generator(iterator: Any) -> Any:
+    """The first batch of a generator that `fit` was given, which Keras keeps without a public name; None of other data.
+
+    A batch that is taken from the iterator of a generator, and those fetched ahead with it, cannot be put back.
+
+    Args:
+        iterator: Keras's iterator over epochs.
+    """
+    batches = getattr(iterator.data_adapter, "_first_batches", None)
+    return batches[0] if batches else None
 
 
 def in_xla_context() -> bool:

@@ -421,17 +421,23 @@ class Model(keras.Model):
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return
-        if iterator is not None:
+        peeked = None if iterator is None else backend.first_of_generator(iterator)
+        if peeked is not None:
+            replicas, size = strategy.num_replicas_in_sync, keras.ops.shape(keras.tree.flatten(peeked)[0])[0]
+            rows = [size // replicas + (index < size % replicas) for index in range(replicas)]
+        elif iterator is not None:
             for _, _, batches in iterator:
                 data_batch = next(batches)
                 break
-            if self._checks_batches:
-                self._require_even_batch(distribution.rows_of_replicas(strategy, data_batch), iterator.num_batches)
-        data_batch = keras.tree.map_structure(
-            lambda value: None if value is None else strategy.experimental_local_results(value)[0], data_batch
-        )
+            rows = distribution.rows_of_replicas(strategy, data_batch)
+        if iterator is not None and self._checks_batches:
+            self._require_even_batch(rows, iterator.num_batches)
+        if peeked is None:
+            peeked = keras.tree.map_structure(
+                lambda value: None if value is None else strategy.experimental_local_results(value)[0], data_batch
+            )
         with strategy.scope():
-            backend.build(self, data_batch)
+            backend.build(self, peeked)
 
     def _require_even_batch(self, rows: list[int], batches: "int | None") -> None:
         replicas, size = len(rows), sum(rows)
