@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_mp.errors import ExportError
 from keras_mp.export import layout, verification
 from keras_mp.export.graph import trace
+from keras_mp.export.operations import without_erfc
 from keras_mp.export.precision import narrow_dtypes
 from keras_mp.export.signature import Names
 
@@ -77,6 +78,7 @@ def export_converted(
                 made.write_bytes(content)
             found = _run_litert(made, rows["serving_default"])
         else:
+            without_erfc(scratch / "saved_model")
             _onnx(scratch / "saved_model", made)
             found = _run_onnx(made, rows["serving_default"])
         dtypes = graph.dtypes | ({"float16"} if weights != "float32" else set()) | {"float16" if narrow else "float32"}

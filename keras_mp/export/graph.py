@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.errors import ExportError
-from keras_mp.export.constants import widen_constants
+from keras_mp.export.operations import widen_constants
 from keras_mp.export.precision import Storage, half_of, narrow_dtypes, resources_of, with_precision
 from keras_mp.export.sample import made_up
 from keras_mp.export.signature import Names, Signature, as_array, by_name, signature_of, widened

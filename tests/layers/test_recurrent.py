@@ -475,7 +475,12 @@ def test_what_is_no_cell(of):
 @pytest.mark.parametrize("name", NAMES)
 def test_export(name, arguments, tmp_path):
     model = keras.Sequential([keras.Input((6, 4)), getattr(layers, name)(3, dtype="mixed_bfloat16", **arguments)])
-    keras_mp.export(model, tmp_path / name)  # which loads it without Keras and compares
+    path = keras_mp.export(model, tmp_path / name, precision="mixed", verify=False)
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    ((given, _),) = serve.structured_input_signature[1].items()
+    x = tf.random.normal((3, 6, 4))
+    (found,) = serve(**{given: x}).values()
+    np.testing.assert_allclose(found, tf.cast(model(x), "float32"), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,13 +1,14 @@
-"""Constants that other runtimes can read: OpenVINO knows no bfloat16 constant, and casts to bfloat16 it does."""
+"""Graphs in operations that other runtimes have: OpenVINO knows no bfloat16 constant, tf2onnx no `Erfc`."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-__all__ = ["widen_constants"]
+__all__ = ["widen_constants", "without_erfc"]
 
 
 def widen_constants(path: pathlib.Path) -> int:
@@ -19,16 +20,34 @@ def widen_constants(path: pathlib.Path) -> int:
     Returns:
         How many there were.
     """
+    return _rewrite(path, _widen, ":output:0", ":y:0")
+
+
+def without_erfc(path: pathlib.Path) -> int:
+    """Makes each `Erfc` of a SavedModel, as gelu has it, 1 - `Erf`.
+
+    Which is as good to a float32's rounding of 1, not of the smallest values.
+
+    Args:
+        path: the SavedModel's folder.
+
+    Returns:
+        How many there were.
+    """
+    return _rewrite(path, _subtract, ":y:0", ":z:0")
+
+
+def _rewrite(path: pathlib.Path, change: Callable[[Any, bool], list[str]], before: str, after: str) -> int:
+    """Changes nodes in place; in a function a tensor has the name that its operation gives it: `before`, `after`."""
     file = path / "saved_model.pb"
     saved = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     changed = 0
     for meta_graph in saved.meta_graphs:
-        changed += len(_widen(meta_graph.graph_def.node, ""))
+        changed += len(change(meta_graph.graph_def.node, False))
         for function in meta_graph.graph_def.library.function:
-            names = _widen(function.node_def, ":output:0")
+            names = change(function.node_def, True)
             changed += len(names)
-            # In a function a tensor has the name that its operation gives it, and a cast calls it "y".
-            renamed = {f"{name}:output:0": f"{name}:y:0" for name in names}
+            renamed = {f"{name}{before}": f"{name}{after}" for name in names}
             for node in function.node_def:
                 for position, tensor in enumerate(node.input):
                     node.input[position] = renamed.get(tensor, tensor)
@@ -41,8 +60,7 @@ def widen_constants(path: pathlib.Path) -> int:
     return changed
 
 
-def _widen(nodes: Any, suffix: str) -> list[str]:
-    """Changes the constants in a list of nodes, and answers with their names; `suffix` is what a tensor's name adds."""
+def _widen(nodes: Any, in_function: bool) -> list[str]:
     bfloat16, float32 = tf.bfloat16.as_datatype_enum, tf.float32.as_datatype_enum
     constants = [node for node in nodes if node.op == "Const" and node.attr["dtype"].type == bfloat16]
     for node in constants:
@@ -57,5 +75,21 @@ def _widen(nodes: Any, suffix: str) -> list[str]:
             del node.attr[name]
         node.attr["SrcT"].type, node.attr["DstT"].type = float32, bfloat16
         node.attr["Truncate"].b = False
-        node.input.insert(0, wide.name + suffix)
+        node.input.insert(0, f"{wide.name}:output:0" if in_function else wide.name)
     return [node.name for node in constants]
+
+
+def _subtract(nodes: Any, in_function: bool) -> list[str]:
+    found = [node for node in nodes if node.op == "Erfc"]
+    for node in found:
+        one, erf = nodes.add(), nodes.add()
+        erf.CopyFrom(node)
+        erf.name, erf.op = f"{node.name}/erf", "Erf"
+        dtype = node.attr["T"].type
+        one.name, one.op = f"{node.name}/one", "Const"
+        one.attr["dtype"].type = dtype
+        one.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(1, tf.as_dtype(dtype)))
+        node.op = "Sub"
+        del node.input[:]
+        node.input.extend([f"{one.name}:output:0", f"{erf.name}:y:0"] if in_function else [one.name, erf.name])
+    return [node.name for node in found]
