@@ -47,7 +47,7 @@ def _isolated_global_state():
 
 
 def pytest_collection_finish():
-    """What is imported by now stays; looking through it at every garbage collection takes a tenth of the suite's time."""
+    """What is imported by now stays; to look through it at every collection takes a tenth of the suite's time."""
     gc.collect()
     gc.freeze()
 
