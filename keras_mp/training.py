@@ -39,9 +39,10 @@ class Model(keras.Model):
     - A batch of which the optimizer skips the step leaves no value in the layers' state that is not finite.
 
     A model with replicas is made, and compiled, in the scope of its strategy; see `keras_mp.strategy`. A loss with
-    `reduction="sum"` is the sum over all replicas. Losses of `add_loss` count as means over the rows. Where outputs
-    have a mask, and with `reduction="mean_with_sample_weight"`, each replica divides by its own number of elements or
-    sum of weights, and the replicas' means are weighted by their rows.
+    `reduction="sum"` is the sum over all replicas. Losses of `add_loss` count as means over the rows, and so do
+    activity regularizers, which are sums in Keras 3.12 and count 1/N there with N replicas. Where outputs have a mask,
+    and with `reduction="mean_with_sample_weight"`, each replica divides by its own number of elements or sum of
+    weights, and the replicas' means are weighted by their rows.
 
     A `train_step` of one's own that calls `super().train_step(data)` keeps all this. One that does its own forward and
     backward pass is run as Keras runs it, on one replica compiled as a whole if `jit_compile` says so.
