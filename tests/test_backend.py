@@ -252,6 +252,7 @@ def test_keras_attaches_masks_and_logits_where_they_are_looked_for():
     assert backend.logits_of(logits) is backend.mask_of(logits) is None
     # Keras reads what is attached here: the mask leaves the second entry out, and log(1e-7) is not all that is seen.
     values = backend.with_mask(tf.constant([[[1.0], [5.0]]]), tf.constant([[True, False]]))
-    assert keras.losses.MeanAbsoluteError()(tf.zeros((1, 2, 1)), values) == 1
+    # Keras 3.12 divides by a little more than the sum of the mask.
+    assert float(keras.losses.MeanAbsoluteError()(tf.zeros((1, 2, 1)), values)) == pytest.approx(1, rel=1e-6)
     copied = backend.with_logits(tf.identity(probabilities), logits)
     np.testing.assert_allclose(keras.losses.sparse_categorical_crossentropy(np.array([0]), copied), [30.0], rtol=1e-6)
