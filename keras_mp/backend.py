@@ -356,8 +356,7 @@ def _as_graph_error(error: Exception) -> Exception:
     return graph_error
 
 
-@tf.custom_gradient
-def optimization_barrier(x: tf.Tensor) -> Any:
+def optimization_barrier(x: tf.Tensor) -> tf.Tensor:
     """The same tensor, which XLA takes for another, that it knows nothing about but the dtype and the shape.
 
     It neither computes it anew in the place where it is used, nor keeps in float32 what was rounded to 16 bits. Only
@@ -366,6 +365,11 @@ def optimization_barrier(x: tf.Tensor) -> Any:
     Args:
         x: of any dtype and shape.
     """
+    return _optimization_barrier(x)
+
+
+@tf.custom_gradient
+def _optimization_barrier(x: tf.Tensor) -> Any:
     return _xla.optimization_barrier(x)[0], lambda upstream: upstream
 
 

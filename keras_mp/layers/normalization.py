@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_mp import backend, fusion
 from keras_mp.errors import ArgumentError
 
-__all__ = ["GroupNormalization", "LayerNormalization", "RMSNormalization"]
+__all__ = ["GroupNormalization", "LayerNormalization", "RMSNormalization", "normalize_with_statistics"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
