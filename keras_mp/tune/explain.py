@@ -74,7 +74,7 @@ def about_products(times: Sequence[ProductTimes]) -> list[str]:
             "gains enough to pay for casts" if each.ratio >= _WORTHWHILE else "gains nothing once casts are paid for"
         )
         sentences.append(
-            f"On this {each.device}, a product of two {each.size} x {each.size} matrices takes {each.float32_ms:.2f} ms "
+            f"On this {each.device} a product of two {each.size} x {each.size} matrices takes {each.float32_ms:.2f} ms "
             f"in float32 and {each.dtype_ms:.2f} ms in {each.dtype} ({each.ratio:.1f}x): {each.dtype} {gains}."
         )
     return sentences
@@ -166,8 +166,8 @@ def about_dimensions(kernels: Sequence[Kernel], rows: int, fast_dtypes: frozense
         size = next(size for kernel in uneven for size in reversed(kernel.shape[-2:]) if size % _BLOCK)
         sentences.append(
             f"Products are fastest where all sizes are multiples of {_BLOCK}; {len(uneven)} of {len(kernels)} kernels "
-            f"are not: {_listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units instead of "
-            f"{size}."
+            f"are not: {_listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units instead "
+            f"of {size}."
         )
     if rows % _BLOCK:
         sentences.append(
@@ -206,11 +206,11 @@ def about_short_steps(candidates: Sequence[Candidate]) -> list[str]:
     if not several:
         return []
     best = min(several, key=lambda each: each.step_ms or 0.0)
-    same = (best.policy, best.jit_compile, best.current)
+    same = (best.policy, best.jit_compile, best.converted)
     alone = [
         each.step_ms
         for each in candidates
-        if (each.policy, each.jit_compile, each.current) == same and each.steps_per_execution == 1
+        if (each.policy, each.jit_compile, each.converted) == same and each.steps_per_execution == 1
     ]
     if not alone or alone[0] is None or best.step_ms is None:
         return []

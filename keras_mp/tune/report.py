@@ -80,18 +80,15 @@ class Tuning:
     def table(self) -> Table:
         """The candidates as a table of `rich`, the recommended one marked."""
         table = Table("", "policy", "jit_compile", "steps_per_execution", "step, ms", "over float32", "error", "")
-        chosen = (self.policy, self.jit_compile, self.steps_per_execution)
-        marked = False
+        chosen = recommend(self.candidates)
         for each in self.candidates:
-            mark = not marked and each.agrees is True and chosen == _key(each)
-            marked = marked or mark
             remarks = ["as it is"] if each.current else []
             if each.agrees is False:
                 remarks.append("outputs disagree")
             if each.why:
                 remarks.append(each.why)
             table.add_row(
-                "*" if mark else "",
+                "*" if each is chosen else "",
                 each.policy,
                 str(each.jit_compile),
                 str(each.steps_per_execution),
@@ -115,8 +112,8 @@ def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
     """The candidate to use: the fastest whose outputs agree, unless a simpler one is as fast within noise.
 
     Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. Among
-    those that are as fast as the fastest, the model as it is comes first, then float32, bfloat16, float16; without XLA; with
-    fewer steps in one call.
+    those that are as fast as the fastest, the model as it is comes first, then float32, bfloat16, float16; without XLA;
+    with fewer steps in one call.
 
     Args:
         candidates: what was tried.
@@ -178,10 +175,6 @@ def _is_faster(one: Candidate, other: Candidate) -> bool:
 def _preference(candidate: Candidate) -> tuple[bool, int, bool, int]:
     place = _ORDER.index(candidate.policy) if candidate.policy in _ORDER else len(_ORDER)
     return not candidate.current, place, candidate.jit_compile, candidate.steps_per_execution
-
-
-def _key(candidate: Candidate) -> tuple[str, bool, int]:
-    return candidate.policy, candidate.jit_compile, candidate.steps_per_execution
 
 
 def _ratio(candidate: Candidate) -> float:

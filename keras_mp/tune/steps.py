@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["Copy", "Step", "largest_error", "take_turns"]
+__all__ = ["Copy", "Step", "largest_error", "paired_ratio", "take_turns"]
 
 # A turn of a short step is several calls, so that the clock and what Python does between calls count little.
 _TURN_SECONDS = 0.03
@@ -118,24 +118,31 @@ class Step:
         """The median over all turns; before the first, what it took when it was made."""
         return statistics.median(self.times) if self.times else self.first_ms
 
-    def over(self, reference: "Step") -> tuple[float, float]:
-        """The time over that of another step, round by round, and the standard error of the median, as a share of it.
 
-        What slows the machine for a while slows both in that round, and leaves their ratio.
+def paired_ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The ratio of two times that were taken in the same rounds, and the standard error of it, as a share of it.
 
-        Args:
-            reference: a step that had its turn in the same rounds.
-        """
-        ratios = [one / other for one, other in zip(self.times, reference.times, strict=False)]
-        if not ratios:
-            return self.step_ms / reference.step_ms, 1.0
-        middle = statistics.median(ratios)
-        if len(ratios) < 3:
-            return middle, 1.0
-        low, _, high = statistics.quantiles(ratios, n=4)
-        # The median of n normal values has 1.25 times the standard error of their mean; their quartiles are 1.35
-        # standard deviations apart.
-        return middle, 1.25 / 1.35 * (high - low) / math.sqrt(len(ratios)) / middle
+    What slows the machine for a while slows both in that round, and leaves their ratio.
+
+    Args:
+        times: one for each round.
+        others: the same of what they are compared with.
+
+    Returns:
+        The median of the rounds' ratios, and 1.25 times what the standard error of their mean would be if they were
+        normal; 1 where there are too few rounds to tell.
+
+    Example:
+    >>> paired_ratio([1.0, 2.0, 1.0, 3.0], [2.0, 4.0, 2.0, 6.0])
+    (0.5, 0.0)
+    """
+    ratios = [one / other for one, other in zip(times, others, strict=True)]
+    middle = statistics.median(ratios)
+    if len(ratios) < 3:
+        return middle, 1.0
+    low, _, high = statistics.quantiles(ratios, n=4)
+    # The quartiles of normal values are 1.35 standard deviations apart.
+    return middle, 1.25 / 1.35 * (high - low) / math.sqrt(len(ratios)) / middle
 
 
 def take_turns(steps: Sequence[Step], rounds: int, end: float) -> int:

@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +20,7 @@ from keras_mp.errors import ArgumentError, DistributionError, KerasMPError, Kera
 from keras_mp.policy import advice, chosen_policy, compute_dtypes
 from keras_mp.tune import explain
 from keras_mp.tune.report import Candidate, Tuning, recommend, why_recommended
-from keras_mp.tune.steps import Copy, Step, largest_error, take_turns
+from keras_mp.tune.steps import Copy, Step, largest_error, paired_ratio, take_turns
 from keras_mp.tune.work import Work, count_products
 
 __all__ = ["tune"]
@@ -64,14 +64,14 @@ def tune(
 
     Each candidate is a copy of the model by `keras_mp.convert`, trained on one batch; the model itself stays as it is,
     and so do the global policy and the random numbers of Python and NumPy. Candidates take turns, so that what slows
-    the machine slows all of them, and compilation is not counted. Their outputs have to agree with those of float32 on the
-    same weights: to 1e-3 of the largest value in float32 (which XLA adds up in another order), 1e-2 in float16, 5e-2 in
-    bfloat16. One is recommended over the model as it is only if it is faster by more than 5% and than the noise.
+    the machine slows all of them, and compilation is not counted. Their outputs have to agree with those of float32 on
+    the same weights: to 1e-3 of the largest value in float32 (which XLA adds up in another order), 1e-2 in float16,
+    5e-2 in bfloat16. One is recommended over the model as it is only if it is faster by more than 5% and than the noise.
 
     Args:
         model: a compiled Keras model under any policy. One that is not built is built, as a copy, from the batch.
-        batch: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them, of the size of one batch, arrays or tensors in any
-            structure; or a `tf.data.Dataset` of batches. Of a dataset the first batch is timed, and then the
+        batch: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them, of the size of one batch, arrays or tensors in
+            any structure; or a `tf.data.Dataset` of batches. Of a dataset the first batch is timed, and then the
             whole, to see whether steps wait for it.
         policies: the policies to try. None for float32, mixed_bfloat16 and mixed_float16. float32 is always timed.
         jit_compile: what of it to try. None for both.
@@ -127,14 +127,14 @@ class _Data:
             cached = tf.data.Dataset.from_tensors(self.first).repeat()
         self.cached = cached.prefetch(2)
         leaves = [leaf for leaf in keras.tree.flatten(self.first) if leaf is not None]
-        rows = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}
-        if len(rows) != 1 or None in rows:
+        rows = {leaf.shape[0] if len(leaf.shape) else -1 for leaf in leaves}
+        if len(rows) != 1 or -1 in rows:
             raise ArgumentError(
                 "tune(): all parts of a batch need the same number of rows. Received arrays of shapes "
                 f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}. Give (x, y) with a row of y for each of x, "
                 "or batch the dataset: dataset.batch(32)."
             )
-        self.rows = int(rows.pop())
+        self.rows: int = rows.pop()
         self.x = keras.utils.unpack_x_y_sample_weight(self.first)[0]
 
 
@@ -186,7 +186,7 @@ class _Search:
                 f"tune(): the outputs of {self.model.name!r} for this batch are not finite in float32. Type "
                 "keras.config.disable_traceback_filtering() and model(x) to see where, and check the batch."
             )
-        self._explain(chosen, work)
+        self._explain(work)
         return Tuning(
             chosen.policy,
             chosen.jit_compile,
@@ -318,7 +318,11 @@ class _Search:
                 step.times = before[place] + step.times
         reference = self.running[0]
         for place, step in self.running.items():
-            ratio, noise = step.over(reference)
+            rounds_of_both = min(len(step.times), len(reference.times))
+            if not rounds_of_both:
+                ratio, noise = step.step_ms / reference.step_ms, 1.0
+            else:
+                ratio, noise = paired_ratio(step.times[-rounds_of_both:], reference.times[-rounds_of_both:])
             self.candidates[place] = dataclasses.replace(
                 self.candidates[place], step_ms=step.step_ms, ratio=ratio, noise=noise
             )
@@ -352,7 +356,7 @@ class _Search:
         except Exception:  # a step of the user's own, that only runs as Keras calls it; it is not described then
             return None
 
-    def _explain(self, chosen: Candidate, work: Work | None) -> None:
+    def _explain(self, work: Work | None) -> None:
         kernels = [
             explain.Kernel(path, tuple(layer.kernel.shape))
             for path, layer in backend.layers_by_path(self.own.model).items()
@@ -367,32 +371,37 @@ class _Search:
         self.findings += explain.about_short_steps(self.candidates)
         self.findings += explain.about_untimed(self.candidates, self.budget)
         if self.data.dataset is not None:
-            pipeline = self._time_pipeline(self.running[self.candidates.index(chosen)])
-            if pipeline is not None:
-                self.findings += explain.about_pipeline(pipeline)
+            self.findings = explain.about_pipeline(self._time_pipeline(self.data.dataset)) + self.findings
 
-    def _time_pipeline(self, step: Step) -> explain.Pipeline | None:
+    def _time_pipeline(self, dataset: tf.data.Dataset) -> explain.Pipeline:
         """Times a step with the user's dataset, beside the same with the cached batch, and the dataset alone."""
-        end = self.end + (
-            _PIPELINE_SECONDS if self.budget * _FOR_PIPELINE > _PIPELINE_SECONDS else self.budget * _FOR_PIPELINE
-        )
-        times: list[list[float]] = [[], []]
+        single = [each for each in self.running.values() if each.steps_per_execution == 1]
+        step = min(single, key=lambda each: each.step_ms)
         # Without an end, so that a short dataset is enough; starting it over is a part of training too.
-        endless = self.data.dataset.repeat()  # type: ignore[union-attr]
-        batches = iter(endless)
+        batches = iter(dataset.repeat())
+        start = time.perf_counter()
         step.call(batches)  # fills what the dataset buffers
-        now = time.perf_counter()
-        half = now + (end - now) / 2
-        while len(times[0]) < 3 or (len(times[0]) < _PIPELINE_BATCHES and time.perf_counter() < half):
-            times[0].append(step.call(batches))
-        cached = [step.call() for _ in times[0]]
-        next(batches)
-        while len(times[1]) < 3 or (len(times[1]) < _PIPELINE_BATCHES and time.perf_counter() < end):
-            start = time.perf_counter()
-            next(batches)
-            times[1].append((time.perf_counter() - start) * 1000)
-        # Means: where some batches come at once and others late, the wait is between.
-        return explain.Pipeline(statistics.median(cached), statistics.fmean(times[0]), statistics.fmean(times[1]))
+        seconds = max(_PIPELINE_SECONDS - (time.perf_counter() - start), 0.0) / 2
+        fed = _some(lambda: step.call(batches), seconds)
+        cached = _some(step.call, seconds / 2)
+        alone = _some(lambda: _milliseconds(lambda: next(batches)), seconds)
+        # A mean, where there is a buffer: some batches come at once and others late.
+        return explain.Pipeline(statistics.median(cached), statistics.fmean(fed), statistics.fmean(alone))
+
+
+def _some(run: Callable[[], float], seconds: float) -> list[float]:
+    """What a function answers, called until the time is over or it was enough, and once at least."""
+    end = time.perf_counter() + seconds
+    answers = [run()]
+    while len(answers) < _PIPELINE_BATCHES and time.perf_counter() < end:
+        answers.append(run())
+    return answers
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
 
 
 @contextlib.contextmanager
@@ -443,7 +452,7 @@ def _require_trainable(model: Any, budget: float) -> None:
 def _choices(name: str, given: Any, kind: type) -> list[Any]:
     choices = [] if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
     for each in choices:
-        if type(each) is not kind or (kind is int and each < 1):
+        if type(each) is not kind or (kind is int and int(each) < 1):
             example = "True, False or (True, False)" if kind is bool else "a whole number from 1 on, or such as (1, 16)"
             raise ArgumentError(f"tune({name}={given!r}): expected {example}.")
     if given is not None and not choices:

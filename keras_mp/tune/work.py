@@ -130,7 +130,7 @@ def _count(scope: _Scope, functions: Mapping[str, Any]) -> Work:
             if flops is None:
                 uncounted.append(node.name)
             else:
-                products.append(Product(node.name, node.op, flops, inputs[1]))
+                products.append(Product(node.name, node.op, flops, inputs[1] or ()))
             continue
         works = [_count(_Scope.of(functions[name]), functions) for name in _called(node) if name in functions]
         if not works:
