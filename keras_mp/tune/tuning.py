@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import random
 import re
 import statistics
@@ -65,8 +67,8 @@ def tune(
     Each candidate is a copy of the model by `keras_mp.convert`, trained on one batch; the model itself stays as it is,
     and so do the global policy and the random numbers of Python and NumPy. Candidates take turns, so that what slows
     the machine slows all of them, and compilation is not counted. Their outputs have to agree with those of float32 on
-    the same weights: to 1e-3 of the largest value in float32 (which XLA adds up in another order), 1e-2 in float16,
-    5e-2 in bfloat16. One is recommended over the model as it is only if it is faster by more than 5% and than the noise.
+    the same weights: to 1e-3 of the largest value in float32, which XLA adds up in another order, 1e-2 in float16,
+    5e-2 in bfloat16. One is recommended over the model as it is only if it is faster by more than 5% and the noise.
 
     Args:
         model: a compiled Keras model under any policy. One that is not built is built, as a copy, from the batch.
@@ -172,10 +174,9 @@ class _Search:
         self._begin_with_float32()
         work = self._work()
         self._try(self.own.policy, self.own, *self.current)
-        for compiler in sorted(self.compilers):  # without XLA first, which compiles many times faster
-            for name in sorted(self.policies, key=self._promise):
-                for count in self.steps or [1]:
-                    self._try(name, self.copies.get(name), compiler, count)
+        queue = itertools.product(self.policies, self.compilers, self.steps or [1])
+        for name, compiler, count in sorted(queue, key=self._promise):
+            self._try(name, self.copies.get(name), compiler, count)
         self._take_turns(_FIRST_ROUNDS)
         self._drop_what_is_clearly_slower()
         self._try_several_steps()
@@ -197,11 +198,13 @@ class _Search:
         )
 
     def _copy_as_it_is(self) -> Copy:
+        start = time.perf_counter()
         copy = duplicate(self.model)
         try:
             backend.build(copy, self.data.first)
         except Exception as error:
             raise self._untrainable(error) from error
+        self.copying_seconds = time.perf_counter() - start
         return Copy(copy, _policy_of(copy), True, self._remapper_for(copy))
 
     def _begin_with_float32(self) -> None:
@@ -254,7 +257,7 @@ class _Search:
     def _try(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> None:
         if (copy is None and name in self.copies) or (copy is not None and (copy, jit_compile, steps) in self.tried):
             return  # it could not be converted, which is told, or has had its turn
-        if not self._is_time_for(name, jit_compile, steps):
+        if not self._is_time_for(name, jit_compile, steps, self.copying_seconds if copy is None else 0.0):
             converted = copy is not self.own
             self.candidates.append(
                 Candidate(name, jit_compile, steps, converted=converted, why="not timed: it would not be done in time")
@@ -275,14 +278,13 @@ class _Search:
             current=copy is self.own and (jit_compile, steps) == self.current,
             converted=copy is not self.own,
         )
-        error = None
         try:
             key = id(copy), jit_compile
             if key not in self.errors:
                 self.errors[key] = largest_error(copy.outputs(self.data.x, jit_compile), self.expected)
-            error = self.errors[key]
-            agrees = error <= max(_TOLERANCE.get(each, _TOLERANCE_FLOAT32) for each in compute_dtypes(copy.model))
-            candidate = dataclasses.replace(candidate, error=error, agrees=bool(agrees))
+            tolerance = max(_TOLERANCE.get(each, _TOLERANCE_FLOAT32) for each in compute_dtypes(copy.model))
+            agrees = self.errors[key] <= tolerance
+            candidate = dataclasses.replace(candidate, error=self.errors[key], agrees=agrees)
             step = Step(copy, self.data.cached, jit_compile, steps)
         except Exception as error:
             if required:
@@ -293,21 +295,21 @@ class _Search:
         self.running[len(self.candidates)] = step
         self.candidates.append(candidate)
 
-    def _is_time_for(self, name: str, jit_compile: bool, steps: int) -> bool:
+    def _is_time_for(self, name: str, jit_compile: bool, steps: int, copying: float) -> bool:
         """Whether a candidate can be compiled, timed and compared before the end, as far as can be foreseen."""
         base = self.compile_seconds[False] or self.compile_seconds[True] / _XLA_COMPILES
         compiling = (self.compile_seconds[True] or base * _XLA_COMPILES) if jit_compile else base
         slower = max([1.0, *(1 / each.ratio for each in self.products if each.dtype in name)])
         turns = sum(max(step.first_ms * step.steps_per_execution, 30.0) for step in self.running.values()) / 1000
         # The forward pass is compiled once more, to look at its outputs.
-        needed = 1.3 * compiling + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
+        needed = copying + 1.3 * compiling + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
         return time.perf_counter() + needed < self.end
 
-    def _promise(self, name: str) -> tuple[float, int]:
-        """Sorts the policies by what a product gains in their dtype, float32 first."""
-        ratios = {each.dtype: each.ratio for each in self.products}
-        gain = next((ratio for dtype, ratio in ratios.items() if dtype in name), float("inf"))
-        return -gain, list(self.policies).index(name)
+    def _promise(self, entry: tuple[str, bool, int]) -> tuple[bool, bool, float, int]:
+        """Sorts what to try: dtypes whose products gain nothing last, and XLA, which compiles for long, late."""
+        name, jit_compile, steps = entry
+        gain = next((each.ratio for each in self.products if each.dtype in name), math.inf)
+        return gain < 1, jit_compile, -gain, steps
 
     def _take_turns(self, rounds: int) -> None:
         before = {place: step.times for place, step in self.running.items()}
@@ -450,9 +452,10 @@ def _require_trainable(model: Any, budget: float) -> None:
 
 
 def _choices(name: str, given: Any, kind: type) -> list[Any]:
-    choices = [] if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
+    choices: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
     for each in choices:
-        if type(each) is not kind or (kind is int and int(each) < 1):
+        is_bool = isinstance(each, bool)
+        if not (is_bool if kind is bool else isinstance(each, int) and not is_bool and each > 0):
             example = "True, False or (True, False)" if kind is bool else "a whole number from 1 on, or such as (1, 16)"
             raise ArgumentError(f"tune({name}={given!r}): expected {example}.")
     if given is not None and not choices:
@@ -464,7 +467,11 @@ def _policies(given: Any) -> dict[str, keras.DTypePolicy]:
     several = _POLICIES if given is None else given if isinstance(given, (list, tuple, set)) else [given]
     if not several:
         raise ArgumentError(f"tune(policies={given!r}): expected at least one to try. Leave it out to try all.")
-    found = [chosen_policy(each, "tune(model, batch, policies=[{}])") for each in several]
+    remapper = backend.remapper_enabled()
+    try:
+        found = [chosen_policy(each, "tune(model, batch, policies=[{}])") for each in several]
+    finally:
+        backend.set_remapper(remapper)  # off for float16 on a CPU, which each copy sees to itself
     return {policy.name: policy for policy in found}
 
 
