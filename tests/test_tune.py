@@ -373,27 +373,28 @@ def test_a_candidate_that_fails_is_reported_with_the_reason():
     assert tuning.jit_compile is False
 
 
+NOTES = set()
+
+
 @keras.saving.register_keras_serializable("test_tune")
 class Noting(keras.layers.Layer):
     """Notes, when a step is traced, what it computes in and whether grappler may fuse."""
 
-    notes = set()
-
     def call(self, x, training=False):
         if training:
-            self.notes.add((self.compute_dtype, backend.remapper_enabled()))
+            NOTES.add((self.compute_dtype, backend.remapper_enabled()))
         return x
 
 
 def test_float16_on_a_cpu_does_without_the_fusion_that_others_are_timed_with():
     backend.set_remapper(True)
-    Noting.notes.clear()
+    NOTES.clear()
     policies = ["mixed_float16", "mixed_bfloat16"]
     keras_mp.tune(small_model(Noting()), batch(), policies=policies, **QUICK)
     on_cpu = not keras_mp.detect().accelerators
-    assert Noting.notes >= {("float32", True), ("bfloat16", True), ("float16", not on_cpu)}
-    assert ("bfloat16", False) not in Noting.notes
-    assert ("float32", False) not in Noting.notes
+    assert NOTES >= {("float32", True), ("bfloat16", True), ("float16", not on_cpu)}
+    assert ("bfloat16", False) not in NOTES
+    assert ("float32", False) not in NOTES
     assert backend.remapper_enabled()
 
 

@@ -258,10 +258,8 @@ class _Search:
         if (copy is None and name in self.copies) or (copy is not None and (copy, jit_compile, steps) in self.tried):
             return  # it could not be converted, which is told, or has had its turn
         if not self._is_time_for(name, jit_compile, steps, self.copying_seconds if copy is None else 0.0):
-            converted = copy is not self.own
-            self.candidates.append(
-                Candidate(name, jit_compile, steps, converted=converted, why="not timed: it would not be done in time")
-            )
+            left_out = self._candidate(name, copy, jit_compile, steps)
+            self.candidates.append(dataclasses.replace(left_out, why="not timed: it would not be done in time"))
             return
         if copy is None:
             self._convert(name, self.policies[name])
@@ -269,15 +267,14 @@ class _Search:
         if copy is not None and (copy, jit_compile, steps) not in self.tried:
             self._start(copy, jit_compile, steps)
 
+    def _candidate(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> Candidate:
+        is_own = copy is self.own
+        current = is_own and (jit_compile, steps) == self.current
+        return Candidate(name, jit_compile, steps, current=current, converted=not is_own)
+
     def _start(self, copy: Copy, jit_compile: bool, steps: int, required: bool = False) -> None:
         self.tried.add((copy, jit_compile, steps))
-        candidate = Candidate(
-            copy.policy,
-            jit_compile,
-            steps,
-            current=copy is self.own and (jit_compile, steps) == self.current,
-            converted=copy is not self.own,
-        )
+        candidate = self._candidate(copy.policy, copy, jit_compile, steps)
         try:
             key = id(copy), jit_compile
             if key not in self.errors:
@@ -350,10 +347,10 @@ class _Search:
     def _work(self) -> Work | None:
         if self.reference is None or time.perf_counter() + 2 * self.compile_seconds[False] > self.end:
             return None
-        specs = keras.tree.map_structure(
-            lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), self.data.first
-        )
         try:
+            specs = keras.tree.map_structure(
+                lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), self.data.first
+            )
             return count_products(tf.function(self.reference.model.train_step).get_concrete_function(specs).graph)
         except Exception:  # a step of the user's own, that only runs as Keras calls it; it is not described then
             return None
