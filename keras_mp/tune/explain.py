@@ -214,6 +214,8 @@ def about_short_steps(candidates: Sequence[Candidate]) -> list[str]:
     ]
     if not alone or alone[0] is None or best.step_ms is None:
         return []
+    if best.step_ms > (1 - _WAITS) * alone[0]:
+        return []
     return [
         f"Steps are short: {alone[0]:.2f} ms in {best.policy} one by one and {best.step_ms:.2f} ms with "
         f"steps_per_execution={best.steps_per_execution}. What is between, Python takes between steps."

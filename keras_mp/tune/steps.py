@@ -68,7 +68,7 @@ class Step:
 
     Attributes:
         times: milliseconds of one step, a median for each turn.
-        compile_seconds: what its first calls took beyond what the same take later.
+        first_ms: the same of a first call after compilation.
 
     Raises:
         Exception: whatever the step raises when it is traced, compiled and run for the first time.
@@ -85,12 +85,9 @@ class Step:
         model.make_train_function(force=True)
         self._function = model.train_function
         self._batches = iter(batches)
-        start = time.perf_counter()
         self.call()
-        first = time.perf_counter() - start
         self.call()  # grappler and the allocator are done after it
         self.first_ms = self.call()
-        self.compile_seconds = max(0.0, first - self.first_ms * steps_per_execution / 1000)
 
     def call(self, batches: Iterator[Any] | None = None) -> float:
         """Milliseconds of one step, of one call.
@@ -110,8 +107,17 @@ class Step:
         """Times one turn."""
         if backend.remapper_enabled() != self.copy.remapper:
             self.call()  # the first call under another setting of grappler's takes longer
+        self.times.append(statistics.median(self.call() for _ in range(self._calls)))
+
+    @property
+    def _calls(self) -> int:
         calls = math.ceil(_TURN_SECONDS * 1000 / max(self.first_ms * self.steps_per_execution, 1e-3))
-        self.times.append(statistics.median(self.call() for _ in range(max(1, min(calls, _CALLS_AT_MOST)))))
+        return max(1, min(calls, _CALLS_AT_MOST))
+
+    @property
+    def turn_seconds(self) -> float:
+        """What a turn is going to take."""
+        return self._calls * self.step_ms * self.steps_per_execution / 1000
 
     @property
     def step_ms(self) -> float:
@@ -145,18 +151,19 @@ def paired_ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float
     return middle, 1.25 / 1.35 * (high - low) / math.sqrt(len(ratios)) / middle
 
 
-def take_turns(steps: Sequence[Step], rounds: int, end: float) -> int:
+def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) -> int:
     """Times steps in turns.
 
     Args:
         steps: each gets a turn in each round.
         rounds: how many.
         end: when to stop, as `time.perf_counter` tells it. A round that would not be done by then is not begun.
+        expected: seconds that the first round is going to take.
 
     Returns:
         How many rounds were done.
     """
-    took = 0.0
+    took = expected
     for done in range(rounds):
         start = time.perf_counter()
         if start + took > end:

@@ -41,6 +41,9 @@ _STEPS = 16
 # How many times longer XLA compiles than TensorFlow traces, until it is seen.
 _XLA_COMPILES = 4.0
 
+# What else is compiled may take longer than what was seen: 16 bits add casts.
+_SLOWER_THAN_SEEN = 1.5
+
 # Rounds to find out what is clearly slower, and those that are compared; fewer than that are no measurement.
 _FIRST_ROUNDS = 4
 _ROUNDS = 15
@@ -165,7 +168,7 @@ class _Search:
         self.tried: set[tuple[Copy, bool, int]] = set()
         self.errors: dict[tuple[int, bool], float] = {}
         self.findings: list[str] = []
-        self.compile_seconds = {False: 0.0, True: 0.0}  # the longest that was seen; 0 where none was
+        self.starting_seconds = {False: 0.0, True: 0.0}  # the longest that was seen; 0 where none was
 
     def run(self) -> Tuning:
         self.own = self._copy_as_it_is()
@@ -275,6 +278,7 @@ class _Search:
     def _start(self, copy: Copy, jit_compile: bool, steps: int, required: bool = False) -> None:
         self.tried.add((copy, jit_compile, steps))
         candidate = self._candidate(copy.policy, copy, jit_compile, steps)
+        start = time.perf_counter()
         try:
             key = id(copy), jit_compile
             if key not in self.errors:
@@ -288,18 +292,21 @@ class _Search:
                 raise
             self.candidates.append(dataclasses.replace(candidate, why=f"failed: {_in_words(error)}"))
             return
-        self.compile_seconds[jit_compile] = max(self.compile_seconds[jit_compile], step.compile_seconds)
+        finally:
+            seconds = time.perf_counter() - start
+            self.starting_seconds[jit_compile] = max(self.starting_seconds[jit_compile], seconds)
         self.running[len(self.candidates)] = step
         self.candidates.append(candidate)
 
     def _is_time_for(self, name: str, jit_compile: bool, steps: int, copying: float) -> bool:
         """Whether a candidate can be compiled, timed and compared before the end, as far as can be foreseen."""
-        base = self.compile_seconds[False] or self.compile_seconds[True] / _XLA_COMPILES
-        compiling = (self.compile_seconds[True] or base * _XLA_COMPILES) if jit_compile else base
+        base = self.starting_seconds[False] or self.starting_seconds[True] / _XLA_COMPILES
+        starting = (self.starting_seconds[True] or base * _XLA_COMPILES) if jit_compile else base
         slower = max([1.0, *(1 / each.ratio for each in self.products if each.dtype in name)])
-        turns = sum(max(step.first_ms * step.steps_per_execution, 30.0) for step in self.running.values()) / 1000
-        # The forward pass is compiled once more, to look at its outputs.
-        needed = copying + 1.3 * compiling + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
+        turns = sum(step.turn_seconds for step in self.running.values())
+        needed = (
+            copying + _SLOWER_THAN_SEEN * starting + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
+        )
         return time.perf_counter() + needed < self.end
 
     def _promise(self, entry: tuple[str, bool, int]) -> tuple[bool, bool, float, int]:
@@ -312,7 +319,8 @@ class _Search:
         before = {place: step.times for place, step in self.running.items()}
         for step in self.running.values():
             step.times = []
-        if take_turns(list(self.running.values()), rounds, self.end) < _ROUNDS_TO_COMPARE:
+        expected = sum(step.turn_seconds for step in self.running.values())
+        if take_turns(list(self.running.values()), rounds, self.end, expected) < _ROUNDS_TO_COMPARE:
             for place, step in self.running.items():
                 step.times = before[place] + step.times
         reference = self.running[0]
@@ -345,13 +353,14 @@ class _Search:
                 self._try(each.policy, self.running[self.candidates.index(each)].copy, each.jit_compile, _STEPS)
 
     def _work(self) -> Work | None:
-        if self.reference is None or time.perf_counter() + 2 * self.compile_seconds[False] > self.end:
+        if self.reference is None or time.perf_counter() + 2 * self.starting_seconds[False] > self.end:
             return None
         try:
             specs = keras.tree.map_structure(
                 lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), self.data.first
             )
-            return count_products(tf.function(self.reference.model.train_step).get_concrete_function(specs).graph)
+            step = tf.autograph.experimental.do_not_convert(self.reference.model.train_step)
+            return count_products(tf.function(step).get_concrete_function(specs).graph)
         except Exception:  # a step of the user's own, that only runs as Keras calls it; it is not described then
             return None
 

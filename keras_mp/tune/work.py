@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from keras_mp import backend
+
 __all__ = ["Product", "Work", "count_products"]
 
 # A call of a function in the graph, and the attributes that name it. Of branches the larger is counted.
@@ -88,10 +90,10 @@ class _Scope:
 
     def __init__(self, nodes: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         self.nodes = nodes
+        self._by_name = {node.name: node for node in nodes}
         self._shapes: dict[str, Any] = dict(arguments)
         for node in nodes:
-            shapes = [_shape(each) for each in node.attr["_output_shapes"].list.shape]
-            self._shapes[node.name] = shapes
+            self._shapes[node.name] = [_shape(each) for each in node.attr["_output_shapes"].list.shape]
 
     @classmethod
     def of(cls, function: Any) -> "_Scope":
@@ -100,14 +102,16 @@ class _Scope:
         return cls(function.node_def, {name: [_shape(shape)] for name, shape in zip(names, shapes, strict=False)})
 
     def inputs(self, node: Any) -> list[tuple[int, ...] | None]:
-        found = []
-        for given in node.input:
-            if not given.startswith("^"):
-                name, *rest = given.split(":")  # in a function with the name of the output before its number
-                index = rest[-1] if rest else "0"
-                shapes = self._shapes.get(name, [])
-                found.append(shapes[int(index)] if int(index) < len(shapes) else None)
-        return found
+        return [self._given(each) for each in node.input if not each.startswith("^")]
+
+    def _given(self, reference: str) -> tuple[int, ...] | None:
+        # "name" or "name:number" in a graph; "argument" or "name:output:number" in a function.
+        name, *rest = reference.split(":")
+        place = int(rest[-1]) if rest else 0
+        if len(rest) == 2:
+            place += backend.output_places(self._by_name[name]).get(rest[0], 0)
+        shapes = self._shapes.get(name, [])
+        return shapes[place] if place < len(shapes) else None
 
     def output(self, node: Any) -> tuple[int, ...] | None:
         shapes = self._shapes[node.name]
