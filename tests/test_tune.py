@@ -56,6 +56,20 @@ def test_the_fastest_that_agrees_is_recommended_unless_a_simpler_one_is_as_fast(
         assert (chosen.policy, chosen.jit_compile, chosen.steps_per_execution) == expected
 
 
+def test_what_is_recommended_is_itself_faster_than_the_model_as_it_is():
+    unsure = candidate(
+        "mixed_bfloat16", ratio=0.9, noise=0.4
+    )  # neither slower than the fastest nor faster than float32
+    fast = candidate("mixed_float16", ratio=0.5)
+    assert recommend([CURRENT, unsure, fast]) is fast
+    assert recommend([CURRENT, unsure]) is CURRENT
+
+
+def test_what_was_dropped_is_not_recommended():
+    dropped = candidate("mixed_bfloat16", ratio=0.5, why="dropped: over 1.5 times the fastest")
+    assert recommend([CURRENT, dropped, candidate("mixed_float16", ratio=0.3)]).policy == "mixed_float16"
+
+
 def test_a_model_in_16_bits_is_left_as_it_is_within_noise_of_float32():
     own = candidate("mixed_bfloat16", ratio=1.02, current=True)
     assert recommend([candidate(), own]) is own
@@ -234,6 +248,13 @@ def test_small_products_are_named_by_their_layers():
     (text,) = explain.about_small_products(Work(products), kernels)
     assert "2 of 2 products" in text
     assert "net/dense, net/dense_1." in text
+    # A kernel of three axes, which is multiplied as a matrix; and a product with no kernel, named by its scope.
+    attention = (
+        Product("net_1/attention_1/query_1/MatMul", "MatMul", 1e5, (8, 16)),
+        Product("a/b/MatMul", "MatMul", 1e5),
+    )
+    (text,) = explain.about_small_products(Work(attention), [explain.Kernel("net/attention/query", (8, 2, 8))])
+    assert "net/attention/query, a/b." in text
     large = Product("net_1/large/MatMul", "MatMul", 1e9, (512, 512))
     assert explain.about_small_products(Work((large, products[0])), kernels) == []
 

@@ -1,6 +1,7 @@
 """Why 16 bits do or do not pay, in sentences made of figures: pure functions of what was measured and counted."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -108,10 +109,10 @@ def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> li
     if not times:
         return []
     if not work.complete:
-        left = ", ".join((work.uncounted + work.loops)[:3])
+        left = _listed([name for name in work.uncounted + work.loops if "gradient" not in name] or work.uncounted)
         return [
             f"The step's products are {_operations(work.flops)} operations at least; which share of its time they "
-            f"take was not estimated, for the graph does not tell the work of {left}."
+            f"take was not estimated, for the graph does not tell how much {left or 'a loop'} computes."
         ]
     first = times[0]
     rate = 2.0 * first.size**3 / first.float32_ms  # operations in a millisecond
@@ -244,7 +245,7 @@ def _layer(product: Product, kernels: Sequence[Kernel]) -> str:
     # TensorFlow adds a number to a name that is taken, and a layer's own name may end in one.
     names = {*scopes, *(re.sub(r"_\d+$", "", scope) for scope in scopes)}
     for kernel in kernels:
-        if kernel.shape == product.factor and kernel.path.split("/")[-1] in names:
+        if math.prod(kernel.shape) == math.prod(product.factor) and kernel.path.split("/")[-1] in names:
             return kernel.path
     return "/".join(scopes) or product.name
 

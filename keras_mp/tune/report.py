@@ -111,9 +111,9 @@ class Tuning:
 def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
     """The candidate to use: the fastest whose outputs agree, unless a simpler one is as fast within noise.
 
-    Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. Among
-    those that are as fast as the fastest, the model as it is comes first, then float32, bfloat16, float16; without XLA;
-    with fewer steps in one call.
+    Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. The model
+    as it is stays where nothing is faster in this sense. Otherwise, among those that are faster than it and that nothing
+    is faster than, float32 comes before bfloat16 and that before float16; no XLA before XLA; and fewer steps in one call.
 
     Args:
         candidates: what was tried.
@@ -127,10 +127,15 @@ def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
     >>> recommend([slow, fast]).policy
     'mixed_bfloat16'
     """
-    timed = [each for each in candidates if each.ratio is not None and each.agrees]
+    timed = [each for each in candidates if each.ratio is not None and each.agrees and not each.why]
     if not timed:
         return None
     fastest = min(timed, key=_ratio)
+    current = next((each for each in timed if each.current), None)
+    if current is not None:
+        if not _is_faster(fastest, current):
+            return current
+        timed = [each for each in timed if _is_faster(each, current)]
     return min((each for each in timed if not _is_faster(fastest, each)), key=_preference)
 
 
@@ -172,9 +177,9 @@ def _is_faster(one: Candidate, other: Candidate) -> bool:
     return _ratio(one) < _ratio(other) * (1 - margin)
 
 
-def _preference(candidate: Candidate) -> tuple[bool, int, bool, int]:
+def _preference(candidate: Candidate) -> tuple[int, bool, int]:
     place = _ORDER.index(candidate.policy) if candidate.policy in _ORDER else len(_ORDER)
-    return not candidate.current, place, candidate.jit_compile, candidate.steps_per_execution
+    return place, candidate.jit_compile, candidate.steps_per_execution
 
 
 def _ratio(candidate: Candidate) -> float:

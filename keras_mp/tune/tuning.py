@@ -339,7 +339,9 @@ class _Search:
         for place in list(self.running):
             candidate = self.candidates[place]
             if place and not candidate.current and (candidate.ratio or 1.0) > _CLEARLY_SLOWER * least:
-                self.candidates[place] = dataclasses.replace(candidate, why=f"clearly slower in {_FIRST_ROUNDS} rounds")
+                self.candidates[place] = dataclasses.replace(
+                    candidate, why=f"dropped: over {_CLEARLY_SLOWER} times the fastest"
+                )
                 del self.running[place]
 
     def _try_several_steps(self) -> None:
@@ -366,9 +368,10 @@ class _Search:
 
     def _explain(self, work: Work | None) -> None:
         kernels = [
-            explain.Kernel(path, tuple(layer.kernel.shape))
+            explain.Kernel(path, tuple(getattr(layer, name).shape))
             for path, layer in backend.layers_by_path(self.own.model).items()
-            if len(getattr(getattr(layer, "kernel", None), "shape", ())) > 1
+            for name in ("kernel", "recurrent_kernel")
+            if len(getattr(getattr(layer, name, None), "shape", ())) > 1
         ]
         self.findings += explain.about_hardware(self.here)
         self.findings += explain.about_products(self.products)
