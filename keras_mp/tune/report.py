@@ -111,9 +111,10 @@ class Tuning:
 def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
     """The candidate to use: the fastest whose outputs agree, unless a simpler one is as fast within noise.
 
-    Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. The model
-    as it is stays where nothing is faster in this sense. Otherwise, among those that are faster than it and that nothing
-    is faster than, float32 comes before bfloat16 and that before float16; no XLA before XLA; and fewer steps in one call.
+    Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. The
+    model as it is stays where nothing is faster in this sense. Otherwise, among those that are faster than it and that
+    nothing is faster than, float32 comes before bfloat16 and that before float16; no XLA before XLA; and fewer steps in
+    one call.
 
     Args:
         candidates: what was tried.
