@@ -62,7 +62,7 @@ class Step:
 
     Args:
         copy: what it trains.
-        batches: yields the same batch for ever.
+        batches: yields the same batch for ever. Steps can share it.
         jit_compile: whether XLA compiles it.
         steps_per_execution: how many steps a call runs.
 
@@ -74,7 +74,7 @@ class Step:
         Exception: whatever the step raises when it is traced, compiled and run for the first time.
     """
 
-    def __init__(self, copy: Copy, batches: tf.data.Dataset, jit_compile: bool, steps_per_execution: int) -> None:
+    def __init__(self, copy: Copy, batches: Iterator[Any], jit_compile: bool, steps_per_execution: int) -> None:
         self.copy, self.jit_compile, self.steps_per_execution = copy, jit_compile, steps_per_execution
         self.times: list[float] = []
         model = copy.model
@@ -84,7 +84,7 @@ class Step:
             raise ValueError(f"XLA cannot compile {', '.join(unable) or 'it'}.")
         model.make_train_function(force=True)
         self._function = model.train_function
-        self._batches = iter(batches)
+        self._batches = batches
         self.call()
         self.call()  # grappler and the allocator are done after it
         self.first_ms = self.call()

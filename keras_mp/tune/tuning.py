@@ -130,7 +130,9 @@ class _Data:
         else:
             self.first = _as_batch(batch)
             cached = tf.data.Dataset.from_tensors(self.first).repeat()
-        self.cached = cached.prefetch(2)
+        # One for all candidates: each iterator has a copy of all functions that TensorFlow knows by then, which takes
+        # seconds to let go.
+        self.cached = iter(cached.prefetch(2))
         leaves = [leaf for leaf in keras.tree.flatten(self.first) if leaf is not None]
         rows = {leaf.shape[0] if len(leaf.shape) else -1 for leaf in leaves}
         if len(rows) != 1 or -1 in rows:
