@@ -52,6 +52,9 @@ _CLEARLY_SLOWER = 1.5
 
 # The share of the budget that is kept for timing the input pipeline, and the most that it gets.
 _FOR_PIPELINE = 0.15
+
+# The share that is kept for letting go of copies and functions, which takes seconds where XLA compiled many.
+_FOR_RELEASE = 0.1
 _PIPELINE_SECONDS = 5.0
 _PIPELINE_BATCHES = 20
 
@@ -82,7 +85,7 @@ def tune(
         jit_compile: what of it to try. None for both.
         steps_per_execution: what of it to try. None for 1, and for 16 with the fastest, if a step is below 20 ms.
         budget: seconds to take. Nothing is begun that would not be done by then, as far as that can be foreseen, and
-            what is left out is named; a compilation that has begun is not interrupted.
+            what is left out is named; a compilation that has begun is not interrupted, and may take longer.
 
     Returns:
         A `Tuning`: `.policy`, `.jit_compile`, `.steps_per_execution`, `.reason`, `.candidates` with all figures, and
@@ -160,7 +163,11 @@ class _Search:
     ) -> None:
         self.model, self.data, self.policies, self.compilers, self.steps = model, data, policies, compilers, steps
         self.budget = budget
-        self.end = end - (0.0 if data.dataset is None else min(_PIPELINE_SECONDS, _FOR_PIPELINE * budget))
+        self.end = (
+            end
+            - _FOR_RELEASE * budget
+            - (0.0 if data.dataset is None else min(_PIPELINE_SECONDS, _FOR_PIPELINE * budget))
+        )
         self.here = hardware.detect_for(backend.strategy_of(model))
         device = self.here.accelerators[0].kind.upper() if self.here.accelerators else "CPU"
         self.products = [hardware.measure(dtype, device) for dtype in ("bfloat16", "float16")]
