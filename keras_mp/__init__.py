@@ -11,6 +11,7 @@ from keras_mp.optimizer import LossScaleOptimizer
 from keras_mp.policy import needs_loss_scaling, policy_scope, preprocessing_scope, set_policy
 from keras_mp.policy_map import PolicyMap
 from keras_mp.training import Model
+from keras_mp.tune import Tuning, tune
 
 __all__ = [
     "ExportReport",
@@ -18,6 +19,7 @@ __all__ = [
     "LossScaleOptimizer",
     "Model",
     "PolicyMap",
+    "Tuning",
     "activations",
     "convert",
     "detect",
@@ -31,5 +33,6 @@ __all__ = [
     "preprocessing_scope",
     "set_policy",
     "strategy",
+    "tune",
     "verify_export",
 ]

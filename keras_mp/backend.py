@@ -37,6 +37,7 @@ __all__ = [
     "one_device",
     "optimization_barrier",
     "origin",
+    "output_places",
     "preprocessing_classes",
     "raise_from_graph",
     "recording",
@@ -174,6 +175,9 @@ from tensorflow.python.eager import context as _context  # noqa: E402
 
 # No public name tells whether a gradient tape is watching. It decides whether a function is compiled on its own.
 from tensorflow.python.eager import record as _record  # noqa: E402
+
+# Where in an op's outputs each of its named ones begins stands in its definition, which has no public name.
+from tensorflow.python.framework import op_def_registry as _op_def_registry  # noqa: E402
 
 # No public name tells whether the function that is being traced will be compiled by XLA. It decides whether an op that
 # calls back into Python, which XLA cannot compile, may be placed in the graph.
@@ -612,6 +616,25 @@ def autocasts(variable: keras.Variable) -> bool:
 def origin(tensor: keras.KerasTensor) -> Any:
     """The layer, or the operation without variables, that a symbolic tensor is the answer of."""
     return tensor._keras_history.operation
+
+
+def output_places(node: Any) -> dict[str, int]:
+    """The place among a node's outputs at which each of its named ones begins; some are several.
+
+    Args:
+        node: a `NodeDef` of a graph or function.
+    """
+    definition = _op_def_registry.get(node.op)
+    places, place = {}, 0
+    for output in [] if definition is None else definition.output_arg:
+        places[output.name] = place
+        if output.number_attr:
+            place += node.attr[output.number_attr].i
+        elif output.type_list_attr:
+            place += len(node.attr[output.type_list_attr].list.type)
+        else:
+            place += 1
+    return places
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

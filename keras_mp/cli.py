@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import keras
@@ -33,6 +34,7 @@ from keras_mp.export.record import read_record
 from keras_mp.launch import launch as launch_workers
 from keras_mp.loading import load_model
 from keras_mp.policy_map import PolicyMap
+from keras_mp.tune import tune as tune_model
 
 __all__ = ["app"]
 
@@ -192,6 +194,60 @@ def verify(
         typer.echo(json.dumps({key: value for key, value in facts.items() if key != "answers"}, indent=2))
     else:
         _print_report(report, model)
+
+
+@app.command()
+def tune(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FUNCTION", help="A function that returns (model, batch) or (model, dataset)."),
+    ],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="A dtype policy to try; else float32 and both mixed ones. Repeatable.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to take.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
+) -> None:
+    """Time a model's training step by dtype policy and compiler on this machine, recommend and say why.
+
+    The model is compiled; the batch is (x, y) or (x, y, sample_weight) as fit takes it, or a tf.data.Dataset of
+    batches, which is then timed as well. Nothing is changed.
+    """
+    made = _function(source)()
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], keras.Model):
+        raise typer.BadParameter(
+            f"{source} returned {type(made).__name__}. Expected (model, batch), of a compiled model and (x, y) or a "
+            "tf.data.Dataset: return model, (x[:32], y[:32])."
+        )
+    with _in_words():
+        tuning = tune_model(*made, policies=policy or None, budget=budget)
+    if as_json:
+        facts = dataclasses.asdict(tuning)
+        for each in facts["candidates"]:  # JSON has no infinity, which is the error of what is not finite
+            each["error"] = each["error"] if each["error"] is None or math.isfinite(each["error"]) else None
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(tuning.table())
+    for sentence in (tuning.reason, *tuning.findings):
+        console.print(sentence, markup=False)
+
+
+def _function(source: str) -> Callable[[], Any]:
+    module_name, colon, name = source.partition(":")
+    if not (module_name and colon and name) or module_name.endswith(".py"):
+        raise typer.BadParameter(f"Expected MODULE:FUNCTION, such as train:model_and_batch. Received: {source}")
+    sys.path.insert(0, os.getcwd())  # which Python itself does, but not for an installed command
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        message = f"{source}: {error}. Run the command where `import {module_name}` works."
+        raise typer.BadParameter(message) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise typer.BadParameter(f"{module_name} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
+    return function
 
 
 def _load(path: str, modules: list[str] | None, trust: bool, compile: bool) -> keras.Model:

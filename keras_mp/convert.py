@@ -17,7 +17,7 @@ from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
 from keras_mp.training import Model
 
-__all__ = ["Float32Regularizer", "OutputCast", "convert"]
+__all__ = ["Float32Regularizer", "OutputCast", "convert", "duplicate"]
 
 # The layer here for each of Keras's that 16 bits do not suit or that takes longer than it has to, and back.
 _SAFE: dict[type, type] = {
@@ -166,6 +166,36 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
     return converted
 
 
+def duplicate(model: keras.Model) -> keras.Model:
+    """A copy of a model as it is: layers of the same classes and policies, weights, optimizer's state, its wrapper.
+
+    Args:
+        model: a Keras model, built or not; it stays as it is.
+
+    Returns:
+        The copy, compiled as the model is.
+
+    Raises:
+        ConversionError: for a layer that cannot be copied.
+
+    Example:
+
+    >>> import keras, keras_mp
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.LayerNormalization(dtype="mixed_bfloat16")])
+    >>> copy = duplicate(model)
+    >>> type(copy.layers[0]) is keras.layers.LayerNormalization, copy.layers[0].compute_dtype
+    (True, 'bfloat16')
+    """
+    rebuild = Rebuild(lambda layer, path: Choice(type(layer), layer.dtype_policy))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="keras")  # Keras has said it when the model was made
+        copy = rebuild(model)
+    if isinstance(model, backend.Functional):
+        copy.output_names = list(model.output_names)  # the keys of losses given by name
+    _compile_alike(model, copy, rebuild, keeps_wrapper=True)
+    return copy
+
+
 class _Conversion:
     """One attempt to convert a model, with the layers of some classes left in float32."""
 
@@ -278,13 +308,13 @@ class _Conversion:
         return found
 
 
-def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild) -> None:
+def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
     """Compiles the copy as the model was, and carries over the state of the optimizers."""
     if model.compiled:
         arguments = backend.compile_arguments(model)
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
-        arguments["optimizer"] = _carried(model.optimizer, converted, rebuild)
+        arguments["optimizer"] = _carried(model.optimizer, converted, rebuild, keeps_wrapper)
         # A `compile` of the user's has set attributes, which are copied already.
         if isinstance(converted, Model):
             arguments["jit_compile"] = model.get_compile_config()["jit_compile"]
@@ -292,11 +322,11 @@ def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild)
         else:
             keras.Model.compile(converted, **arguments, auto_scale_loss=False)
     for owner, name, optimizer in rebuild.optimizers:
-        setattr(owner, name, _carried(optimizer, converted, rebuild))
+        setattr(owner, name, _carried(optimizer, converted, rebuild, keeps_wrapper))
 
 
 def _carried(
-    optimizer: keras.optimizers.Optimizer | None, model: keras.Model, rebuild: Rebuild
+    optimizer: keras.optimizers.Optimizer | None, model: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False
 ) -> keras.optimizers.Optimizer | None:
     """A copy of an optimizer with its state, on the variables of the copy of a model, wrapped as that needs it."""
     if optimizer is None:
@@ -304,7 +334,9 @@ def _carried(
     wrapped = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     inner = optimizer.inner_optimizer if wrapped else optimizer
     outer = copy = _same_optimizer(inner)
-    if needs_loss_scaling(model):
+    if keeps_wrapper and wrapped:
+        outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
+    elif needs_loss_scaling(model) and not keeps_wrapper:
         if isinstance(optimizer, LossScaleOptimizer):
             outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
         elif wrapped:

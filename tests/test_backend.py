@@ -421,3 +421,14 @@ def test_trackers_of_single_losses_take_means_over_replicas(mirrored):
     with mirrored(2).scope(), backend.share_of_batch(tf.constant(0.25), tf.identity):
         assert float(loss.unscale_loss_for_distribution(tf.constant(8.0))) == 4.0
         assert float(loss.scale_loss_for_distribution(tf.constant(8.0))) == 8.0
+
+
+def test_the_outputs_of_an_op_have_places_by_name():
+    """Rests on `op_def_registry.get` of `tensorflow.python.framework`."""
+    x = tf.ones((2, 4, 4, 3))
+    split = tf.function(lambda x: (tf.split(x, 3, axis=3), tf.raw_ops.TopKV2(input=x, k=1)))
+    nodes = {node.op: node for node in split.get_concrete_function(x).graph.as_graph_def().node}
+    assert backend.output_places(nodes["Split"]) == {"output": 0}
+    assert backend.output_places(nodes["TopKV2"]) == {"values": 0, "indices": 1}
+    unknown = type(nodes["Split"])(op="NoSuchOp")
+    assert backend.output_places(unknown) == {}

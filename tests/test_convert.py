@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.convert import OutputCast
+from keras_mp.convert import OutputCast, duplicate
 from keras_mp.errors import ConversionError, KerasMPWarning, PolicyError
 
 # float16 gains nothing on a CPU, of which `convert` warns; tests/test_policy.py is about that.
@@ -592,3 +592,25 @@ def test_lambda_layers_need_no_trust_in_memory():
     assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 3
     np.testing.assert_allclose(mixed(x), model(x), atol=2e-2 * np.abs(model(x)).max())  # bfloat16's roundings
     np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(x), model(x))
+
+
+@pytest.mark.parametrize("wrapper", [keras.optimizers.LossScaleOptimizer, keras_mp.LossScaleOptimizer, None])
+def test_a_duplicate_is_the_model_as_it_is(wrapper):
+    optimizer = keras.optimizers.Adam(1e-2)
+    optimizer = optimizer if wrapper is None else wrapper(optimizer, 256.0, 10)
+    layers = [keras.Input((4,)), keras.layers.LayerNormalization(dtype="mixed_bfloat16"), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer, "mse", auto_scale_loss=False)
+    x, y = np.random.default_rng(0).standard_normal((2, 8, 4)), np.ones((8, 2))
+    model.fit(x[0], y, verbose=0)
+    copy = duplicate(model)
+    assert [type(layer) for layer in copy.layers] == [type(layer) for layer in model.layers]
+    assert [layer.dtype_policy for layer in copy.layers] == [layer.dtype_policy for layer in model.layers]
+    assert type(copy.optimizer) is type(model.optimizer)
+    for value, other in zip(copy.optimizer.variables, model.optimizer.variables, strict=True):
+        assert value is not other
+        np.testing.assert_array_equal(value, other)
+    copy.fit(x[1], y, verbose=0)
+    model.fit(x[1], y, verbose=0)
+    for value, other in zip(copy.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(value, other)

@@ -1,0 +1,199 @@
+"""Copies of a model that are trained for the time it takes, in turns."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mp import backend
+
+__all__ = ["Copy", "Step", "largest_error", "paired_ratio", "take_turns"]
+
+# A turn of a short step is several calls, so that the clock and what Python does between calls count little.
+_TURN_SECONDS = 0.03
+_CALLS_AT_MOST = 20
+
+
+class Copy:
+    """A copy of a model under one policy, which its steps train.
+
+    Args:
+        model: the copy, compiled and built.
+        policy: the name of its policy.
+        current: whether it is the model as it is.
+        remapper: whether grappler may fuse while it runs; see `keras_mp.backend.set_remapper`.
+    """
+
+    def __init__(self, model: keras.Model, policy: str, current: bool, remapper: bool) -> None:
+        self.model, self.policy, self.current, self.remapper = model, policy, current, remapper
+        self._weights = [tf.identity(variable.value) for variable in model.weights]
+
+    def restore(self) -> None:
+        """Gives the weights the values that they had before any step."""
+        for variable, value in zip(self.model.weights, self._weights, strict=True):
+            variable.assign(value)
+
+    def outputs(self, x: Any, jit_compile: bool) -> list[np.ndarray]:
+        """The outputs for a batch on the weights that the model had at first, which the copy gets back for it.
+
+        Args:
+            x: a batch of inputs.
+            jit_compile: whether XLA compiles the forward pass.
+        """
+        self.restore()
+        backend.set_remapper(self.remapper)
+
+        @tf.autograph.experimental.do_not_convert
+        def forward(x: Any) -> Any:
+            return backend.call(self.model, x, training=False)
+
+        run = tf.function(forward, jit_compile=jit_compile)
+        # NumPy has no bfloat16 that it can subtract in.
+        return [np.asarray(tf.cast(output, tf.float64)) for output in keras.tree.flatten(run(x))]
+
+
+class Step:
+    """The training step of a copy, compiled in one way, as `fit` calls it.
+
+    Args:
+        copy: what it trains.
+        batches: yields the same batch for ever. Steps can share it.
+        jit_compile: whether XLA compiles it.
+        steps_per_execution: how many steps a call runs.
+
+    Attributes:
+        times: milliseconds of one step, a median for each turn.
+        first_ms: the same of a first call after compilation.
+
+    Raises:
+        Exception: whatever the step raises when it is traced, compiled and run for the first time.
+    """
+
+    def __init__(self, copy: Copy, batches: Iterator[Any], jit_compile: bool, steps_per_execution: int) -> None:
+        self.copy, self.jit_compile, self.steps_per_execution = copy, jit_compile, steps_per_execution
+        self.times: list[float] = []
+        model = copy.model
+        model.jit_compile, model.steps_per_execution = jit_compile, steps_per_execution
+        if model.jit_compile != jit_compile:
+            unable = [repr(layer.name) for layer in backend.layers_by_path(model).values() if not layer.supports_jit]
+            raise ValueError(f"XLA cannot compile {', '.join(unable) or 'it'}.")
+        model.make_train_function(force=True)
+        self._function = model.train_function
+        self._batches = batches
+        self.call()
+        self.call()  # grappler and the allocator are done after it
+        self.first_ms = self.call()
+
+    def call(self, batches: Iterator[Any] | None = None) -> float:
+        """Milliseconds of one step, of one call.
+
+        Args:
+            batches: an iterator over others than the one batch.
+        """
+        if backend.remapper_enabled() != self.copy.remapper:
+            backend.set_remapper(self.copy.remapper)
+        start = time.perf_counter()
+        logs = self._function(self._batches if batches is None else batches)
+        for value in keras.tree.flatten(logs):
+            np.asarray(value)  # waits for it, as the progress bar of `fit` does
+        return (time.perf_counter() - start) * 1000 / self.steps_per_execution
+
+    def turn(self) -> None:
+        """Times one turn."""
+        if backend.remapper_enabled() != self.copy.remapper:
+            self.call()  # the first call under another setting of grappler's takes longer
+        self.times.append(statistics.median(self.call() for _ in range(self._calls)))
+
+    @property
+    def _calls(self) -> int:
+        calls = math.ceil(_TURN_SECONDS * 1000 / max(self.first_ms * self.steps_per_execution, 1e-3))
+        return max(1, min(calls, _CALLS_AT_MOST))
+
+    @property
+    def turn_seconds(self) -> float:
+        """What a turn is going to take."""
+        return self._calls * self.step_ms * self.steps_per_execution / 1000
+
+    @property
+    def step_ms(self) -> float:
+        """The median over all turns; before the first, what it took when it was made."""
+        return statistics.median(self.times) if self.times else self.first_ms
+
+
+def paired_ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The ratio of two times that were taken in the same rounds, and the standard error of it, as a share of it.
+
+    What slows the machine for a while slows both in that round, and leaves their ratio.
+
+    Args:
+        times: one for each round.
+        others: the same of what they are compared with.
+
+    Returns:
+        The median of the rounds' ratios, and 1.25 times what the standard error of their mean would be if they were
+        normal; 1 where there are too few rounds to tell.
+
+    Example:
+    >>> paired_ratio([1.0, 2.0, 1.0, 3.0], [2.0, 4.0, 2.0, 6.0])
+    (0.5, 0.0)
+    """
+    ratios = [one / other for one, other in zip(times, others, strict=True)]
+    middle = statistics.median(ratios)
+    if len(ratios) < 3:
+        return middle, 1.0
+    low, _, high = statistics.quantiles(ratios, n=4)
+    # The quartiles of normal values are 1.35 standard deviations apart.
+    return middle, 1.25 / 1.35 * (high - low) / math.sqrt(len(ratios)) / middle
+
+
+def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) -> int:
+    """Times steps in turns.
+
+    Args:
+        steps: each gets a turn in each round.
+        rounds: how many.
+        end: when to stop, as `time.perf_counter` tells it. A round that would not be done by then is not begun.
+        expected: seconds that the first round is going to take.
+
+    Returns:
+        How many rounds were done.
+    """
+    took = expected
+    for done in range(rounds):
+        start = time.perf_counter()
+        if start + took > end:
+            return done
+        for step in steps:
+            step.turn()
+        took = time.perf_counter() - start
+    return rounds
+
+
+def largest_error(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """The largest error of an output, relative to the largest value of that output; infinite for what is not finite.
+
+    Args:
+        outputs: arrays.
+        reference: arrays of the same shapes.
+
+    Example:
+    >>> largest_error([np.array([1.0, 3.9])], [np.array([1.0, 4.0])])
+    0.025000000000000022
+    """
+    if [each.shape for each in outputs] != [each.shape for each in reference]:
+        return math.inf
+    errors = [0.0]
+    for output, expected in zip(outputs, reference, strict=True):
+        known = np.isfinite(expected)
+        if not np.array_equal(known, np.isfinite(output)):
+            return math.inf
+        if known.any():
+            scale = np.abs(expected[known]).max()
+            difference = np.abs(output[known] - expected[known]).max()
+            errors.append(float(difference / scale) if scale else float(difference))
+    return max(errors)

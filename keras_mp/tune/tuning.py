@@ -1,0 +1,548 @@
+"""`tune`: tries what there is to choose from on copies of a model, within a time, and recommends."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mp import backend, hardware
+from keras_mp.convert import convert, duplicate
+from keras_mp.errors import ArgumentError, DistributionError, KerasMPError, KerasMPWarning
+from keras_mp.policy import advice, chosen_policy, compute_dtypes
+from keras_mp.tune import explain
+from keras_mp.tune.report import Candidate, Tuning, recommend, why_recommended
+from keras_mp.tune.steps import Copy, Step, largest_error, paired_ratio, take_turns
+from keras_mp.tune.work import Work, count_products
+
+__all__ = ["tune"]
+
+_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+
+# The largest error of an output, relative to its largest value, that rounding to a dtype explains; as in `export`, but
+# for float32, where XLA adds up in another order than TensorFlow.
+_TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
+_TOLERANCE_FLOAT32 = 1e-3
+
+# Where a step is shorter, what is between two of them is a part of it that several steps in one call save.
+_SHORT_STEP_MS = 20.0
+_STEPS = 16
+
+# How many times longer XLA compiles than TensorFlow traces, until it is seen.
+_XLA_COMPILES = 4.0
+
+# What else is compiled may take longer than what was seen: 16 bits add casts.
+_SLOWER_THAN_SEEN = 1.5
+
+# Rounds to find out what is clearly slower, and those that are compared; fewer than that are no measurement.
+_FIRST_ROUNDS = 4
+_ROUNDS = 15
+_ROUNDS_TO_COMPARE = 3
+_CLEARLY_SLOWER = 1.5
+
+# The share of the budget that is kept for timing the input pipeline, and the most that it gets.
+_FOR_PIPELINE = 0.15
+
+# The share that is kept for letting go of copies and functions, which takes seconds where XLA compiled many.
+_FOR_RELEASE = 0.1
+_PIPELINE_SECONDS = 5.0
+_PIPELINE_BATCHES = 20
+
+
+def tune(
+    model: keras.Model,
+    batch: Any,
+    *,
+    policies: "str | keras.DTypePolicy | Sequence[str | keras.DTypePolicy] | None" = None,
+    jit_compile: "bool | Sequence[bool] | None" = None,
+    steps_per_execution: "int | Sequence[int] | None" = None,
+    budget: float = 60.0,
+) -> Tuning:
+    """Finds the dtype policy and the compiler that train a model fastest here, by timing its training step.
+
+    Each candidate is a copy of the model by `keras_mp.convert`, trained on one batch; the model itself stays as it is,
+    and so do the global policy and the random numbers of Python and NumPy. Candidates take turns, so that what slows
+    the machine slows all of them, and compilation is not counted. Their outputs have to agree with those of float32 on
+    the same weights: to 1e-3 of the largest value in float32, which XLA adds up in another order, 1e-2 in float16,
+    5e-2 in bfloat16. One is recommended over the model as it is only if it is faster by more than 5% and the noise.
+
+    Args:
+        model: a compiled Keras model under any policy. One that is not built is built, as a copy, from the batch.
+        batch: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them, of the size of one batch, arrays or tensors in
+            any structure; or a `tf.data.Dataset` of batches. Of a dataset the first batch is timed, and then the
+            whole, to see whether steps wait for it.
+        policies: the policies to try. None for float32, mixed_bfloat16 and mixed_float16. float32 is always timed.
+        jit_compile: what of it to try. None for both.
+        steps_per_execution: what of it to try. None for 1, and for 16 with the fastest, if a step is below 20 ms.
+        budget: seconds to take. Nothing is begun that would not be done by then, as far as that can be foreseen, and
+            what is left out is named; a compilation that has begun is not interrupted, and may take longer.
+
+    Returns:
+        A `Tuning`: `.policy`, `.jit_compile`, `.steps_per_execution`, `.reason`, `.candidates` with all figures, and
+        `.findings`, sentences that say why 16 bits do or do not pay here. Printed, it is a table.
+
+    Raises:
+        ArgumentError: for a model that is not compiled, runs eagerly or cannot be trained on the batch, a dataset
+            without a batch, a batch of another structure, and other arguments that cannot be.
+        PolicyError: for a policy that does not exist.
+        DistributionError: for a model made in the scope of a strategy with several replicas.
+        ConversionError: for a model that cannot be copied.
+
+    Example:
+
+    >>> import keras, keras_mp
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> model.compile("adam", "mse")
+    >>> batch = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+    >>> tuning = keras_mp.tune(model, batch, policies="float32", jit_compile=False, budget=20)
+    >>> tuning.policy, tuning.jit_compile
+    ('float32', False)
+    """
+    end = time.perf_counter() + budget
+    _require_trainable(model, budget)
+    compilers = _choices("jit_compile", jit_compile, bool) or [False, True]
+    steps = _choices("steps_per_execution", steps_per_execution, int)
+    with _all_left_as_it_was():
+        wanted = _policies(policies)
+        return _Search(model, _Data(batch), wanted, compilers, steps, budget, end).run()
+
+
+class _Data:
+    """The batch that all candidates train on, and the dataset that it is from, if it is."""
+
+    def __init__(self, batch: Any) -> None:
+        self.dataset: tf.data.Dataset | None = None
+        if isinstance(batch, tf.data.Dataset):
+            self.dataset = batch
+            once = batch.take(1).cache()
+            elements = list(once)  # a cache is one when it was read to its end
+            if not elements:
+                raise ArgumentError("tune(): the dataset has no batch. Give it data, and batch it: dataset.batch(32).")
+            self.first = elements[0]
+            cached = once.repeat()
+        else:
+            self.first = _as_batch(batch)
+            cached = tf.data.Dataset.from_tensors(self.first).repeat()
+        # One for all candidates: each iterator has a copy of all functions that TensorFlow knows by then, which takes
+        # seconds to let go.
+        self.cached = iter(cached.prefetch(2))
+        leaves = [leaf for leaf in keras.tree.flatten(self.first) if leaf is not None]
+        rows = {leaf.shape[0] if len(leaf.shape) else -1 for leaf in leaves}
+        if len(rows) != 1 or -1 in rows:
+            raise ArgumentError(
+                "tune(): all parts of a batch need the same number of rows. Received arrays of shapes "
+                f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}. Give (x, y) with a row of y for each of x, "
+                "or batch the dataset: dataset.batch(32)."
+            )
+        self.rows: int = rows.pop()
+        self.x = keras.utils.unpack_x_y_sample_weight(self.first)[0]
+
+
+class _Search:
+    """One call of `tune`."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        data: _Data,
+        policies: dict[str, keras.DTypePolicy],
+        compilers: list[bool],
+        steps: list[int],
+        budget: float,
+        end: float,
+    ) -> None:
+        self.model, self.data, self.policies, self.compilers, self.steps = model, data, policies, compilers, steps
+        self.budget = budget
+        self.end = (
+            end
+            - _FOR_RELEASE * budget
+            - (0.0 if data.dataset is None else min(_PIPELINE_SECONDS, _FOR_PIPELINE * budget))
+        )
+        self.here = hardware.detect_for(backend.strategy_of(model))
+        device = self.here.accelerators[0].kind.upper() if self.here.accelerators else "CPU"
+        self.products = [hardware.measure(dtype, device) for dtype in ("bfloat16", "float16")]
+        self.remapper = backend.remapper_enabled()
+        self.candidates: list[Candidate] = []
+        self.running: dict[int, Step] = {}  # by the place of its candidate
+        self.tried: set[tuple[Copy, bool, int]] = set()
+        self.errors: dict[tuple[int, bool], float] = {}
+        self.findings: list[str] = []
+        self.starting_seconds = {False: 0.0, True: 0.0}  # the longest that was seen; 0 where none was
+
+    def run(self) -> Tuning:
+        self.own = self._copy_as_it_is()
+        self.copies: dict[str, Copy | None] = {}
+        self.current = bool(self.model.jit_compile), int(self.model.steps_per_execution)
+        self._begin_with_float32()
+        work = self._work()
+        self._try(self.own.policy, self.own, *self.current)
+        queue = itertools.product(self.policies, self.compilers, self.steps or [1])
+        for name, compiler, count in sorted(queue, key=self._promise):
+            self._try(name, self.copies.get(name), compiler, count)
+        self._take_turns(_FIRST_ROUNDS)
+        self._drop_what_is_clearly_slower()
+        self._try_several_steps()
+        self._take_turns(_ROUNDS)
+        chosen = recommend(self.candidates)
+        if chosen is None:  # float32 agrees with itself, so that nothing of it was finite
+            raise ArgumentError(
+                f"tune(): the outputs of {self.model.name!r} for this batch are not finite in float32. Type "
+                "keras.config.disable_traceback_filtering() and model(x) to see where, and check the batch."
+            )
+        self._explain(work)
+        return Tuning(
+            chosen.policy,
+            chosen.jit_compile,
+            chosen.steps_per_execution,
+            why_recommended(chosen, self.candidates),
+            tuple(self.candidates),
+            self.findings,
+        )
+
+    def _copy_as_it_is(self) -> Copy:
+        start = time.perf_counter()
+        copy = duplicate(self.model)
+        try:
+            backend.build(copy, self.data.first)
+        except Exception as error:
+            raise self._untrainable(error) from error
+        self.copying_seconds = time.perf_counter() - start
+        return Copy(copy, _policy_of(copy), True, self._remapper_for(copy))
+
+    def _begin_with_float32(self) -> None:
+        name = "float32"
+        if compute_dtypes(self.own.model) <= {"float32"}:
+            self.copies[name] = self.own
+        else:
+            self._convert(name, keras.DTypePolicy(name))
+        self.reference = self.copies[name]
+        if self.reference is None:
+            raise ArgumentError(f"tune(): {self.candidates[-1].why}")
+        try:
+            self.expected = self.reference.outputs(self.data.x, False)
+            self._start(self.reference, min(self.compilers), 1, required=True)
+        except Exception as error:
+            raise self._untrainable(error) from error
+
+    def _untrainable(self, error: Exception) -> ArgumentError:
+        return ArgumentError(
+            f"tune(): {self.model.name!r} cannot be trained on this batch. {_in_words(error)} Received a batch of "
+            f"{_described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one batch, as fit takes it."
+        )
+
+    def _convert(self, name: str, policy: keras.DTypePolicy) -> None:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", KerasMPWarning)
+            self.own.restore()
+            try:
+                converted = convert(self.own.model, policy)
+                backend.build(converted, self.data.first)
+            except Exception as error:
+                self.copies[name] = None
+                self.candidates.append(Candidate(name, min(self.compilers), why=f"failed: {_in_words(error)}"))
+                return
+        known = advice(policy, hardware.in_use(), call="convert(model, {})")
+        self.findings += [
+            f"{name}: {each.message}"
+            for each in told
+            if issubclass(each.category, KerasMPWarning) and str(each.message) not in known
+        ]
+        if _layers_of(converted) == _layers_of(self.own.model):
+            self.copies[name] = self.own
+        else:
+            self.copies[name] = Copy(converted, name, False, self._remapper_for(converted))
+
+    def _remapper_for(self, model: keras.Model) -> bool:
+        # As `set_policy` does; what is timed beside it keeps the fusion.
+        return self.remapper and (bool(self.here.accelerators) or "float16" not in compute_dtypes(model))
+
+    def _try(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> None:
+        if (copy is None and name in self.copies) or (copy is not None and (copy, jit_compile, steps) in self.tried):
+            return  # it could not be converted, which is told, or has had its turn
+        if not self._is_time_for(name, jit_compile, steps, self.copying_seconds if copy is None else 0.0):
+            left_out = self._candidate(name, copy, jit_compile, steps)
+            self.candidates.append(dataclasses.replace(left_out, why="not timed: it would not be done in time"))
+            return
+        if copy is None:
+            self._convert(name, self.policies[name])
+            copy = self.copies[name]
+        if copy is not None and (copy, jit_compile, steps) not in self.tried:
+            self._start(copy, jit_compile, steps)
+
+    def _candidate(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> Candidate:
+        is_own = copy is self.own
+        current = is_own and (jit_compile, steps) == self.current
+        return Candidate(name, jit_compile, steps, current=current, converted=not is_own)
+
+    def _start(self, copy: Copy, jit_compile: bool, steps: int, required: bool = False) -> None:
+        self.tried.add((copy, jit_compile, steps))
+        candidate = self._candidate(copy.policy, copy, jit_compile, steps)
+        start = time.perf_counter()
+        try:
+            key = id(copy), jit_compile
+            if key not in self.errors:
+                self.errors[key] = largest_error(copy.outputs(self.data.x, jit_compile), self.expected)
+            tolerance = max(_TOLERANCE.get(each, _TOLERANCE_FLOAT32) for each in compute_dtypes(copy.model))
+            agrees = self.errors[key] <= tolerance
+            candidate = dataclasses.replace(candidate, error=self.errors[key], agrees=agrees)
+            step = Step(copy, self.data.cached, jit_compile, steps)
+        except Exception as error:
+            if required:
+                raise
+            self.candidates.append(dataclasses.replace(candidate, why=f"failed: {_in_words(error)}"))
+            return
+        finally:
+            seconds = time.perf_counter() - start
+            self.starting_seconds[jit_compile] = max(self.starting_seconds[jit_compile], seconds)
+        self.running[len(self.candidates)] = step
+        self.candidates.append(candidate)
+
+    def _is_time_for(self, name: str, jit_compile: bool, steps: int, copying: float) -> bool:
+        """Whether a candidate can be compiled, timed and compared before the end, as far as can be foreseen."""
+        base = self.starting_seconds[False] or self.starting_seconds[True] / _XLA_COMPILES
+        starting = (self.starting_seconds[True] or base * _XLA_COMPILES) if jit_compile else base
+        slower = max([1.0, *(1 / each.ratio for each in self.products if each.dtype in name)])
+        turns = sum(step.turn_seconds for step in self.running.values())
+        needed = (
+            copying + _SLOWER_THAN_SEEN * starting + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
+        )
+        return time.perf_counter() + needed < self.end
+
+    def _promise(self, entry: tuple[str, bool, int]) -> tuple[bool, bool, float, int]:
+        """Sorts what to try: dtypes whose products gain nothing last, and XLA, which compiles for long, late."""
+        name, jit_compile, steps = entry
+        gain = next((each.ratio for each in self.products if each.dtype in name), math.inf)
+        return gain < 1, jit_compile, -gain, steps
+
+    def _take_turns(self, rounds: int) -> None:
+        before = {place: step.times for place, step in self.running.items()}
+        for step in self.running.values():
+            step.times = []
+        expected = sum(step.turn_seconds for step in self.running.values())
+        if take_turns(list(self.running.values()), rounds, self.end, expected) < _ROUNDS_TO_COMPARE:
+            for place, step in self.running.items():
+                step.times = before[place] + step.times
+        reference = self.running[0]
+        for place, step in self.running.items():
+            rounds_of_both = min(len(step.times), len(reference.times))
+            if not rounds_of_both:
+                ratio, noise = step.step_ms / reference.step_ms, 1.0
+            else:
+                ratio, noise = paired_ratio(step.times[-rounds_of_both:], reference.times[-rounds_of_both:])
+            self.candidates[place] = dataclasses.replace(
+                self.candidates[place], step_ms=step.step_ms, ratio=ratio, noise=noise
+            )
+
+    def _drop_what_is_clearly_slower(self) -> None:
+        least = min(self.candidates[place].ratio or 1.0 for place in self.running)
+        for place in list(self.running):
+            candidate = self.candidates[place]
+            if place and not candidate.current and (candidate.ratio or 1.0) > _CLEARLY_SLOWER * least:
+                self.candidates[place] = dataclasses.replace(
+                    candidate, why=f"dropped: over {_CLEARLY_SLOWER} times the fastest"
+                )
+                del self.running[place]
+
+    def _try_several_steps(self) -> None:
+        agreeing = [each for each in self.candidates if each.agrees and each.ratio is not None]
+        best = recommend(agreeing)
+        if self.steps or best is None:
+            return
+        fastest = min(agreeing, key=lambda each: each.step_ms or 0.0)
+        for each in dict.fromkeys((best, fastest)):
+            if each.step_ms is not None and each.step_ms < _SHORT_STEP_MS and each.steps_per_execution == 1:
+                self._try(each.policy, self.running[self.candidates.index(each)].copy, each.jit_compile, _STEPS)
+
+    def _work(self) -> Work | None:
+        if self.reference is None or time.perf_counter() + 2 * self.starting_seconds[False] > self.end:
+            return None
+        try:
+            specs = keras.tree.map_structure(
+                lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), self.data.first
+            )
+            step = tf.autograph.experimental.do_not_convert(self.reference.model.train_step)
+            return count_products(tf.function(step).get_concrete_function(specs).graph)
+        except Exception:  # a step of the user's own, that only runs as Keras calls it; it is not described then
+            return None
+
+    def _explain(self, work: Work | None) -> None:
+        kernels = [
+            explain.Kernel(path, tuple(getattr(layer, name).shape))
+            for path, layer in backend.layers_by_path(self.own.model).items()
+            for name in ("kernel", "recurrent_kernel")
+            if len(getattr(getattr(layer, name, None), "shape", ())) > 1
+        ]
+        self.findings += explain.about_hardware(self.here)
+        self.findings += explain.about_products(self.products)
+        if work is not None and self.candidates[0].step_ms is not None:
+            self.findings += explain.about_share(work, self.candidates[0].step_ms, self.products)
+            self.findings += explain.about_small_products(work, kernels)
+        self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes)
+        self.findings += explain.about_short_steps(self.candidates)
+        self.findings += explain.about_untimed(self.candidates, self.budget)
+        if self.data.dataset is not None:
+            self.findings = explain.about_pipeline(self._time_pipeline(self.data.dataset)) + self.findings
+
+    def _time_pipeline(self, dataset: tf.data.Dataset) -> explain.Pipeline:
+        """Times a step with the user's dataset, beside the same with the cached batch, and the dataset alone."""
+        single = [each for each in self.running.values() if each.steps_per_execution == 1]
+        step = min(single, key=lambda each: each.step_ms)
+        # Without an end, so that a short dataset is enough; starting it over is a part of training too.
+        batches = iter(dataset.repeat())
+        start = time.perf_counter()
+        step.call(batches)  # fills what the dataset buffers
+        seconds = max(_PIPELINE_SECONDS - (time.perf_counter() - start), 0.0) / 2
+        fed = _some(lambda: step.call(batches), seconds)
+        cached = _some(step.call, seconds / 2)
+        alone = _some(lambda: _milliseconds(lambda: next(batches)), seconds)
+        # A mean, where there is a buffer: some batches come at once and others late.
+        return explain.Pipeline(statistics.median(cached), statistics.fmean(fed), statistics.fmean(alone))
+
+
+def _some(run: Callable[[], float], seconds: float) -> list[float]:
+    """What a function answers, called until the time is over or it was enough, and once at least."""
+    end = time.perf_counter() + seconds
+    answers = [run()]
+    while len(answers) < _PIPELINE_BATCHES and time.perf_counter() < end:
+        answers.append(run())
+    return answers
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
+
+
+@contextlib.contextmanager
+def _all_left_as_it_was() -> Iterator[None]:
+    policy, remapper = keras.config.dtype_policy(), backend.remapper_enabled()
+    logger = tf.get_logger()  # which counts as retracing that there are several models
+    level = logger.level
+    logger.setLevel("ERROR")
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the copies; what there is to say is in the findings
+            yield
+    finally:
+        logger.setLevel(level)
+        keras.config.set_dtype_policy(policy)
+        backend.set_remapper(remapper)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _require_trainable(model: Any, budget: float) -> None:
+    if not isinstance(model, keras.Model):
+        raise ArgumentError(
+            f"tune() takes a compiled keras.Model. Received: {model!r} of type {type(model).__name__}. For a file type "
+            "tune(keras_mp.load_model(path), batch)."
+        )
+    if not model.compiled or model.optimizer is None:
+        raise ArgumentError(
+            f"tune(): {model.name!r} is not compiled, so that there is no step to time. Type "
+            'model.compile("adam", loss) with the loss that it is to be trained with, and call tune again.'
+        )
+    if model.run_eagerly:
+        raise ArgumentError(
+            f"tune(): {model.name!r} runs eagerly, op by op, where no compiler is at work. Type "
+            "model.compile(..., run_eagerly=False)."
+        )
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise DistributionError(
+            f"tune(): {model.name!r} has {replicas} replicas, and the step of one is timed. Make the model outside "
+            "strategy.scope(), tune it on the batch of one replica, and use what is recommended in the scope."
+        )
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        raise ArgumentError(f"tune(budget={budget!r}): expected a number of seconds above 0, such as budget=60.")
+
+
+def _choices(name: str, given: Any, kind: type) -> list[Any]:
+    choices: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
+    for each in choices:
+        is_bool = isinstance(each, bool)
+        if not (is_bool if kind is bool else isinstance(each, int) and not is_bool and each > 0):
+            example = "True, False or (True, False)" if kind is bool else "a whole number from 1 on, or such as (1, 16)"
+            raise ArgumentError(f"tune({name}={given!r}): expected {example}.")
+    if given is not None and not choices:
+        raise ArgumentError(f"tune({name}={given!r}): expected at least one to try. Leave it out to try all.")
+    return list(dict.fromkeys(choices))
+
+
+def _policies(given: Any) -> dict[str, keras.DTypePolicy]:
+    several = _POLICIES if given is None else given if isinstance(given, (list, tuple, set)) else [given]
+    if not several:
+        raise ArgumentError(f"tune(policies={given!r}): expected at least one to try. Leave it out to try all.")
+    remapper = backend.remapper_enabled()
+    try:
+        found = [chosen_policy(each, "tune(model, batch, policies=[{}])") for each in several]
+    finally:
+        backend.set_remapper(remapper)  # off for float16 on a CPU, which each copy sees to itself
+    return {policy.name: policy for policy in found}
+
+
+def _as_batch(batch: Any) -> tuple[Any, ...]:
+    if not isinstance(batch, (tuple, list)) or not 1 <= len(batch) <= 3:
+        raise ArgumentError(
+            f"tune(): expected a batch (x, y) or (x, y, sample_weight), or a tf.data.Dataset of them. Received: "
+            f"{_described(batch)}. For a model that takes x alone type (x,)."
+        )
+
+    def array(leaf: Any) -> Any:
+        if leaf is None or tf.is_tensor(leaf):
+            return leaf
+        leaf = np.asarray(leaf)
+        # As `fit` does it.
+        return leaf.astype(keras.config.floatx()) if leaf.dtype == np.float64 else leaf
+
+    batch = keras.tree.map_structure(array, keras.tree.lists_to_tuples(tuple(batch)))
+    while len(batch) > 1 and batch[-1] is None:
+        batch = batch[:-1]
+    return batch
+
+
+def _described(batch: Any) -> str:
+    def leaf(value: Any) -> str:
+        shape = getattr(value, "shape", None)
+        return (
+            type(value).__name__ if shape is None else f"{keras.backend.standardize_dtype(value.dtype)}{tuple(shape)}"
+        )
+
+    return re.sub(r"'(\w+\([^']*\)|\w+)'", r"\1", repr(keras.tree.map_structure(leaf, batch)))
+
+
+def _policy_of(model: keras.Model) -> str:
+    """The policy that stands for those of a model's layers: the only one, or that of most of its narrow ones."""
+    names = [layer.dtype_policy.name for layer in backend.layers_by_path(model).values() if layer.weights]
+    narrow = [name for name in names if "16" in name]
+    return statistics.mode(narrow or names or ["float32"])
+
+
+def _layers_of(model: keras.Model) -> list[tuple[str, type, str, Any]]:
+    return [
+        (path, type(layer), layer.dtype_policy.name, getattr(layer, "activation", None))
+        for path, layer in backend.layers_by_path(model).items()
+        if not backend.inner_layers(layer)
+    ]
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says, without what Keras puts around it, in one line."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Exception encountered", "Arguments received"))]
+    words = lines[0] if lines else ""
+    words = words if len(words) <= 300 else f"{words[:300]}..."
+    return words if isinstance(error, KerasMPError) else f"{type(error).__name__}: {words}"
