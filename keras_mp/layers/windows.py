@@ -68,15 +68,17 @@ def pool_gradient(g: Any, shape: Any, size: Sequence[int], strides: Sequence[int
 def _kernel_adds_in_float32(dtype: Any, axes: int) -> bool:
     """Whether the pooling kernel that this machine has for a 16-bit dtype adds in float32, found out by a trial.
 
-    oneDNN's does for bfloat16, on CPUs that it supports; Eigen's adds in bfloat16, where 256 + 1 is 256. The kernels of
-    the gradient of windows that overlap add in 16 bits in either.
+    oneDNN's does for bfloat16, on CPUs that it supports; Eigen's adds in bfloat16, where 256 + 1 is 256, and counts in
+    it as well, so that it finds the mean of ones. The kernels of the gradient of windows that overlap add in 16 bits in
+    either.
     """
     with tf.init_scope():
+        x = tf.fill([1, 512] + [1] * axes, tf.constant(1.3125, dtype))
         try:
-            y = tf.nn.avg_pool(tf.ones([1, 512] + [1] * axes, dtype), (512,) + (1,) * (axes - 1), 1, "VALID")
+            y = tf.nn.avg_pool(x, (512,) + (1,) * (axes - 1), 1, "VALID")
         except tf.errors.OpError:  # no such kernel
             return False
-        return bool(tf.reduce_all(y == 1))
+        return bool(tf.reduce_all(y == 1.3125))
 
 
 def takes_16_bits(x: Any, output_dtype: str, axes: int = 2) -> bool:

@@ -454,6 +454,8 @@ def test_range_of_the_layers_called_on_lists(name, arguments, shape):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+# The stock model has Keras's own wrapper, of which we warn.
+@pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning")
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_texts_of_any_length_train(policy, jit_compile):

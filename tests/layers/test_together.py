@@ -23,6 +23,8 @@ def test_an_input_of_another_dtype_is_not_rounded_to_it(layer, policy):
         assert_close(actual, expected, {"float32": 1e-6, "float16": 5e-4, "float64": 1e-12}[compute_dtype])
 
 
+# The stock model has Keras's own wrapper, of which we warn.
+@pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning")
 @pytest.mark.parametrize(
     ("policy", "jit_compile"), [("float32", False), ("mixed_bfloat16", False), ("mixed_float16", True)]
 )
