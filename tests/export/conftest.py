@@ -77,7 +77,10 @@ def _write(folder, model, variant, precision, weights):
     path = keras_mp.export(
         model, folder / f"{model.name}-{variant}" / "m", precision=precision, weights=weights, verify=False
     )
-    answers = model(keras.tree.pack_sequence_as(model.input, [tf.constant(batch[each.name]) for each in model.inputs]))
+    inputs = keras.tree.pack_sequence_as(model.input, [tf.constant(batch[each.name]) for each in model.inputs])
+    # Of shapes as unknown as in the export: attention over an unknown length goes by blocks, which round elsewhere.
+    shapes = keras.tree.map_structure(lambda x, known: tf.TensorSpec(known.shape, x.dtype), inputs, model.input)
+    answers = tf.function(lambda x: model(x, training=False), input_signature=[shapes])(inputs)
     if not isinstance(answers, dict):
         answers = {model.output_names[0]: answers}
     plain = {key: np.asarray(tf.cast(a, "float32") if a.dtype.is_floating else a) for key, a in answers.items()}
