@@ -368,6 +368,7 @@ def _check_finite_differences(case: Case, layer: Any, inputs: Sequence[Any], ups
     wide = [tf.cast(x, "float64") for x in inputs]
     upstream = tf.cast(upstream, "float64")
 
+    @tf.function  # it is called twice for each number
     def loss(*given: Any) -> Any:
         return tf.reduce_sum(case(layer, given) * upstream)
 
