@@ -61,15 +61,19 @@ def test_a_worker_that_fails_ends_the_others():
     assert not any(is_running(int(line.split()[-1])) for line in lines[1:])
 
 
-def test_a_worker_that_is_killed_ends_others_that_do_not_listen_with_what_they_started():
+def test_a_worker_that_is_killed_ends_others_that_do_not_listen_with_what_they_started(tmp_path):
+    ready = str(tmp_path / "ready")
     code, lines = run(
-        "import subprocess\n"
+        "import pathlib, subprocess\n"
+        f"ready = pathlib.Path({ready!r})\n"
         "if index == 1:\n"
-        "    time.sleep(2)\n"
+        "    while not ready.exists():\n"
+        "        time.sleep(0.05)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "print(child.pid)\n"
+        "print(child.pid, flush=True)\n"
+        "ready.touch()\n"
         "time.sleep(600)\n",
         grace_seconds=0.5,
     )
