@@ -1,5 +1,6 @@
 """`keras-mp launch`: processes without TensorFlow, so that what is tested is how they are started and ended."""
 
+import functools
 import io
 import json
 import os
@@ -91,10 +92,15 @@ def test_no_worker_stays_behind_when_the_command_is_ended(number, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "launch", "--workers", "2", str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A suite that runs in the background of a shell hands on that Ctrl-C is ignored.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listens) as process:
         pids = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
         process.send_signal(number)
-        assert process.wait(60) != 0
+        try:
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
     assert not any(map(is_running, pids))
 
 
