@@ -9,26 +9,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp.errors import ArgumentError, CompilationError, DistributionError, LossScaleStuckError
-
-ROWS, BATCH = 27, 8  # the last batch has three rows: two for one replica and one for the other
-X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
-Y = (np.arange(ROWS) % 3).astype("int32")
-
-
-def strategy_over(replicas, mirrored):
-    return tf.distribute.get_strategy() if replicas == 1 else mirrored(replicas)
-
-
-def dense(units, **arguments):
-    return keras.layers.Dense(units, activation="tanh", **arguments)
-
-
-def classifier(model_type, batch_normalization=None, **arguments):
-    inputs = keras.Input((4,))
-    x = dense(8, **arguments)(inputs)
-    if batch_normalization is not None:
-        x = batch_normalization(x)
-    return model_type(inputs, keras.layers.Dense(3)(x))
+from tests.training_models import BATCH, CROSSENTROPY, ROWS, X, Y, classifier, dense, strategy_over
 
 
 def two_outputs(model_type):
@@ -83,7 +64,6 @@ def scalar_loss(y_true, y_pred):
     return keras.ops.mean(keras.ops.square(y_pred - keras.ops.one_hot(keras.ops.cast(y_true, "int32"), 3)))
 
 
-CROSSENTROPY = functools.partial(keras.losses.SparseCategoricalCrossentropy, from_logits=True)
 WORDS, TAGS = (np.random.default_rng(1).integers(low, high, (ROWS, 6)) for low, high in ((1, 10), (0, 3)))
 WORDS[::3, 2:] = 0  # masked: the replicas do not have as many words each
 WORDS[:8:2] = 0

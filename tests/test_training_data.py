@@ -12,9 +12,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp.errors import DistributionError
-from tests.test_training import CROSSENTROPY, ROWS, X, Y, classifier, strategy_over
-
-BATCH = 8
+from tests.training_models import BATCH, CROSSENTROPY, ROWS, X, Y, classifier, strategy_over
 
 
 @pytest.fixture(scope="module")
