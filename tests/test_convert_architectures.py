@@ -151,11 +151,15 @@ def check(model, x, jit_compile, make):
         assert type(mixed) is type(model)
         answers = mixed(x)
         assert {answer.dtype for answer in keras.tree.flatten(answers)} == {tf.float32}
-        off = error(answers, expected)
-        assert off <= TOLERANCE[policy] or off <= allowed(make, policy, model, x, expected)
         back = keras_mp.convert(mixed, "float32")
         for answer, right in zip(keras.tree.flatten(back(x)), expected, strict=True):
             np.testing.assert_array_equal(answer, right)
+        off = error(answers, expected)
+        if np.isnan(off):  # the signal of an untrained EfficientNetV2M outgrows float16, whoever made it
+            assert policy == "mixed_float16"
+            assert np.isnan(allowed(make, policy, model, x, expected))
+            continue
+        assert off <= TOLERANCE[policy] or off <= allowed(make, policy, model, x, expected)
         if policy == "mixed_float16":
             # Over two images' few pixels, batch statistics make gradients so steep that float16 does not hold them.
             for layer in normalizations(mixed):
