@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
@@ -120,6 +121,8 @@ def convert(
         raise typer.BadParameter(f"TARGET must end in .keras, the format that keeps everything. Received: {target}")
     if target.exists() and not overwrite:
         raise typer.BadParameter(f"{target} exists. Name another file, or add --overwrite.")
+    if not target.parent.is_dir():
+        raise typer.BadParameter(f"There is no folder {target.parent}. Make it first.")
     with _in_words():
         model = _load(source, modules, trust, compile=True)
         if float32:
@@ -127,7 +130,7 @@ def convert(
             converted = convert_model(model, PolicyMap(chosen, dict.fromkeys(float32, "float32")))
         else:
             converted = convert_model(model, policy)
-        with tempfile.TemporaryDirectory(dir=_folder(target), prefix=f".{target.stem}-") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as folder:
             written = pathlib.Path(folder) / target.name
             converted.save(written)
             os.replace(written, target)
@@ -237,12 +240,7 @@ def _function(source: str) -> Callable[[], Any]:
     module_name, colon, name = source.partition(":")
     if not (module_name and colon and name) or module_name.endswith(".py"):
         raise typer.BadParameter(f"Expected MODULE:FUNCTION, such as train:model_and_batch. Received: {source}")
-    sys.path.insert(0, os.getcwd())  # which Python itself does, but not for an installed command
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        message = f"{source}: {error}. Run the command where `import {module_name}` works."
-        raise typer.BadParameter(message) from error
+    module = _imported(module_name, source)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
@@ -250,21 +248,18 @@ def _function(source: str) -> Callable[[], Any]:
     return function
 
 
-def _load(path: str, modules: list[str] | None, trust: bool, compile: bool) -> keras.Model:
+def _imported(name: str, given: str) -> types.ModuleType:
     sys.path.insert(0, os.getcwd())  # which Python itself does, but not for an installed command
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{given}: {error}. Run the command where `import {name}` works.") from error
+
+
+def _load(path: str, modules: list[str] | None, trust: bool, compile: bool) -> keras.Model:
     for name in modules or []:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            message = f"--import {name}: {error}. Run the command where `import {name}` works."
-            raise typer.BadParameter(message) from error
+        _imported(name, f"--import {name}")
     return load_model(path, safe_mode=not trust, compile=compile)
-
-
-def _folder(path: pathlib.Path) -> pathlib.Path:
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"There is no folder {path.parent}. Make it first.")
-    return path.parent
 
 
 @contextlib.contextmanager
