@@ -334,10 +334,8 @@ def _carried(
     wrapped = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     inner = optimizer.inner_optimizer if wrapped else optimizer
     outer = copy = _same_optimizer(inner)
-    if keeps_wrapper and wrapped:
-        outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
-    elif needs_loss_scaling(model) and not keeps_wrapper:
-        if isinstance(optimizer, LossScaleOptimizer):
+    if wrapped if keeps_wrapper else needs_loss_scaling(model):
+        if keeps_wrapper or isinstance(optimizer, LossScaleOptimizer):
             outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
         elif wrapped:
             outer = LossScaleOptimizer(copy, optimizer.initial_scale, optimizer.dynamic_growth_steps)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 import tensorflow as tf
@@ -28,6 +28,7 @@ __all__ = [
     "detect",
     "detect_for",
     "fast_dtypes",
+    "fusion_is_safe",
     "in_use",
     "measure",
     "parse_cpuinfo",
@@ -273,6 +274,20 @@ def remember(strategy: "tf.distribute.Strategy") -> None:
 def in_use() -> Hardware:
     """What `detect_for` finds for the strategy whose scope this is, or else for the one remembered."""
     return detect_for(tf.distribute.get_strategy() if tf.distribute.has_strategy() else _remembered())
+
+
+def fusion_is_safe(dtypes: Set[str], here: Hardware | None = None) -> bool:
+    """Whether TensorFlow may fuse products: on some CPUs the fused float16 one is a thousand times slower.
+
+    Args:
+        dtypes: those that are multiplied in.
+        here: the hardware; None for what `detect` finds.
+
+    Example:
+    >>> fusion_is_safe({"float16"}, recommend([Device("cpu", "Xeon")])), fusion_is_safe({"bfloat16"})
+    (False, True)
+    """
+    return "float16" not in dtypes or bool((here or detect()).accelerators)
 
 
 def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:

@@ -94,7 +94,7 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     if not automatic:
         for message in advice(wanted, here, call=call):
             warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
-    if not here.accelerators and any(each.compute_dtype == "float16" for each in _members(wanted)):
+    if not hardware.fusion_is_safe({each.compute_dtype for each in _members(wanted)}, here):
         backend.set_remapper(False)
     return wanted
 
@@ -170,7 +170,7 @@ def needs_loss_scaling(model: keras.Layer) -> bool:
     """
     if not isinstance(model, keras.Layer):
         raise TypeError(f"Expected a Keras model or layer, received {model!r} of type {type(model).__name__}.")
-    return any(layer.compute_dtype == "float16" for layer in _computing_layers(model))
+    return "float16" in compute_dtypes(model)
 
 
 def compute_dtypes(model: keras.Layer) -> frozenset[str]:

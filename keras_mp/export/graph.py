@@ -10,13 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, hardware
 from keras_mp.errors import ExportError
 from keras_mp.export.operations import widen_constants
 from keras_mp.export.precision import Storage, half_of, narrow_dtypes, resources_of, with_precision
 from keras_mp.export.sample import made_up
 from keras_mp.export.signature import Names, Signature, as_array, by_name, signature_of, widened
-from keras_mp.export.verification import fusion_is_safe
 from keras_mp.policy import compute_dtypes
 
 __all__ = ["Graph", "trace"]
@@ -86,7 +85,7 @@ class Graph:
             arrays: the inputs by name.
         """
         before = backend.remapper_enabled()
-        backend.set_remapper(before and fusion_is_safe(self.dtypes))
+        backend.set_remapper(before and hardware.fusion_is_safe(self.dtypes))
         try:
             given = {name: tf.constant(array) for name, array in arrays.items()}
             return {name: as_array(answer) for name, answer in self.functions[signature](**given).items()}

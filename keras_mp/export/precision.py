@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_mp import backend, hardware
 from keras_mp.convert import convert
 from keras_mp.errors import ConversionError, ExportError, KerasMPWarning
-from keras_mp.policy import compute_dtypes
+from keras_mp.policy import compute_dtypes, stacklevel
 
 __all__ = ["Storage", "half_of", "narrow_dtypes", "resources_of", "tolerance_of", "with_precision"]
 
@@ -212,4 +212,4 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, KerasMPWarning, stacklevel=4)
+    warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())

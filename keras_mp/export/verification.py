@@ -30,7 +30,6 @@ __all__ = [
     "OutputReport",
     "compare",
     "differing_share",
-    "fusion_is_safe",
     "run_alone",
     "verify_export",
 ]
@@ -141,7 +140,7 @@ def verify_export(
     # First, for Keras says in plain words what is wrong with a batch.
     expected = signature.call(given, lambda inputs: model(inputs, training=False))
     dtypes |= narrow_dtypes(model)
-    (answer,) = run_alone(path, [("serving_default", given)], timed=True, remapping=fusion_is_safe(dtypes))
+    (answer,) = run_alone(path, [("serving_default", given)], timed=True, remapping=hardware.fusion_is_safe(dtypes))
     arrays = {name: as_array(widened(tensor, name)) for name, tensor in expected.items()}
     _same_names(path, answer.outputs, arrays)
     outputs = {
@@ -167,7 +166,7 @@ def _verify_with_sample(
         )
     inputs, expected = read_sample(path)
     requests = [(name, inputs[name]) for name in expected]
-    answers = run_alone(path, requests, timed=True, remapping=fusion_is_safe(dtypes))
+    answers = run_alone(path, requests, timed=True, remapping=hardware.fusion_is_safe(dtypes))
     reports = {}
     for (signature, _), answer in zip(requests, answers, strict=True):
         _same_names(path, answer.outputs, expected[signature])
@@ -232,15 +231,6 @@ def run_alone(
             Answer(load_arrays(pathlib.Path(request["outputs"])), fact["ms"])
             for request, fact in zip(job["requests"], facts, strict=True)
         ]
-
-
-def fusion_is_safe(dtypes: "set[str] | frozenset[str]") -> bool:
-    """Whether TensorFlow may fuse products here: on CPUs with AMX the fused float16 one is a thousand times slower.
-
-    Args:
-        dtypes: those that are multiplied in.
-    """
-    return "float16" not in dtypes or bool(hardware.detect().accelerators)
 
 
 def compare(

@@ -13,11 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_mp import hardware
 from keras_mp.errors import ExportError, KerasMPWarning
 from keras_mp.export import layout, record, sample, verification, warmup
 from keras_mp.export.graph import Graph, trace
 from keras_mp.export.precision import tolerance_of
 from keras_mp.export.signature import Names
+from keras_mp.policy import stacklevel
 
 __all__ = ["export"]
 
@@ -155,7 +157,7 @@ def _check(graph: Graph, made: pathlib.Path, kept: Any, answers: Any, one: Any) 
     """Runs every signature with the sample and with one row, and wants what it answers in this process."""
     requests = [*kept.items(), *one.items()]
     expected = [*answers.values(), *(graph.answer(name, arrays) for name, arrays in one.items())]
-    found = verification.run_alone(made, requests, remapping=verification.fusion_is_safe(graph.dtypes))
+    found = verification.run_alone(made, requests, remapping=hardware.fusion_is_safe(graph.dtypes))
     for answer, wanted in zip(found, expected, strict=True):
         for name, array in wanted.items():
             verification.compare(name, answer.outputs[name], array, {*graph.dtypes, array.dtype.name})
@@ -199,5 +201,5 @@ def _warn_of_errors(graph: Graph, errors: dict[str, dict[str, dict[str, float]]]
                     f"largest value; rounding explains {limit:g}. Verify it with rows of your own: "
                     "keras_mp.verify_export(path, model, batch).",
                     KerasMPWarning,
-                    stacklevel=3,
+                    stacklevel=stacklevel(),
                 )

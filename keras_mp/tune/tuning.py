@@ -264,7 +264,7 @@ class _Search:
 
     def _remapper_for(self, model: keras.Model) -> bool:
         # As `set_policy` does; what is timed beside it keeps the fusion.
-        return self.remapper and (bool(self.here.accelerators) or "float16" not in compute_dtypes(model))
+        return self.remapper and hardware.fusion_is_safe(compute_dtypes(model), self.here)
 
     def _try(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> None:
         if (copy is None and name in self.copies) or (copy is not None and (copy, jit_compile, steps) in self.tried):
