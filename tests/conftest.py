@@ -22,12 +22,8 @@ tf.config.set_logical_device_configuration(
 
 @functools.cache
 def _mirrored(replicas):
-    # TensorFlow numbers the collective operations of each strategy from the same start, so those of two strategies in
-    # one process are taken for one another and wait for ever or are cancelled. Its own tests give each a base of its
-    # own by this attribute; and one strategy over the same devices serves all tests.
-    members = {"_collective_key_base": 100_000 * replicas}
-    strategy = type("MirroredStrategy", (tf.distribute.MirroredStrategy,), members)
-    return strategy([f"CPU:{index}" for index in range(replicas)])
+    # One strategy over the same devices serves all tests.
+    return backend.mirrored_strategy([f"CPU:{index}" for index in range(replicas)])
 
 
 @pytest.fixture(scope="session")

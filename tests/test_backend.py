@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import backend
+from tests.derivatives import with_two_derivatives
 
 
 def raising(error):
@@ -40,17 +41,7 @@ def test_in_xla_context_tells_who_compiles():
 
 def test_the_optimization_barrier_changes_no_number():
     """Rests on `tensorflow.compiler.tf2xla.python.xla.optimization_barrier`."""
-
-    @tf.function(jit_compile=True)
-    def triple(x):
-        with tf.GradientTape() as second:
-            second.watch(x)
-            with tf.GradientTape() as first:
-                first.watch(x)
-                y = 3 * tf.square(backend.optimization_barrier(x))
-            slope = first.gradient(y, x)
-        return y, slope, second.gradient(slope, x)
-
+    triple = with_two_derivatives(lambda x: (3 * tf.square(backend.optimization_barrier(x)),), jit_compile=True)
     y, slope, curvature = triple(tf.constant([1.0, -2.0]))
     assert y.numpy().tolist() == [3.0, 12.0]
     assert slope.numpy().tolist() == [6.0, -12.0]

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import activations, fusion, layers
+from tests.derivatives import with_two_derivatives
 
 REDUCTIONS = {"total": (fusion.total, np.sum), "mean": (fusion.mean, np.mean), "largest": (fusion.largest, np.max)}
 SHAPES = {
@@ -193,18 +194,8 @@ def test_second_derivatives_of_operations(keeps_output, jit_compile):
         keeps_output=keeps_output,
     )
 
-    @tf.function(jit_compile=jit_compile)
-    def derivatives(x):
-        with tf.GradientTape() as second:
-            second.watch(x)
-            with tf.GradientTape() as first:
-                first.watch(x)
-                y = exponential(x)
-            slope = first.gradient(y, x)
-        return y, slope, second.gradient(slope, x)
-
     x = tf.constant([[0.5, -1.0]])
-    for actual in derivatives(x):
+    for actual in with_two_derivatives(lambda x: (exponential(x),), jit_compile)(x):
         np.testing.assert_allclose(actual, np.exp(x), rtol=1e-6)
 
 
@@ -217,18 +208,8 @@ def test_second_derivatives_where_a_statistic_is_kept(jit_compile):
         keeps_statistics=True,
     )
 
-    @tf.function(jit_compile=jit_compile)
-    def derivatives(x):
-        with tf.GradientTape() as second:
-            second.watch(x)
-            with tf.GradientTape() as first:
-                first.watch(x)
-                y, total = operation(x)
-            slope = first.gradient(y, x)
-        return y, total, slope, second.gradient(slope, x)
-
     x = np.array([0.5, -1.0, 2.0], "float32")
-    y, total, slope, curvature = derivatives(tf.constant(x))
+    y, total, slope, curvature = with_two_derivatives(operation, jit_compile)(tf.constant(x))
     np.testing.assert_allclose(y, x * 1.5)
     assert float(total) == 1.5
     np.testing.assert_allclose(slope, [3.0] * 3)
