@@ -67,12 +67,42 @@ class WeightUpdate:
             scale: scalar.
             squares: scalar, the `sum_of_squares` of `grads`.
         """
-        norm = None
-        if self._clips():
-            counted = [None if replaces_variable(v) else g for g, v in zip(grads, variables, strict=True)]
-            if any(map(replaces_variable, variables)):
-                squares = sum_of_squares(counted)  # else the gradients are not read once more for their norm
-            norm = global_norm(counted, squares)
+        norm = self._norm(grads, variables, squares)
+        update_rows = self._row_update(grads, variables)
+        if update_rows is None:
+            self._update(_merged(self._optimizer, grads), variables, scale, norm)
+            return
+        learning_rate = tf.identity(self._optimizer.learning_rate)  # before the update counts its iterations
+        pairs = list(zip(grads, variables, strict=True))
+        dense = [pair for pair in pairs if not isinstance(pair[0], tf.IndexedSlices)]
+        if any(gradient is not None for gradient, _ in dense):
+            self._update([gradient for gradient, _ in dense], [variable for _, variable in dense], scale, norm)
+        else:
+            self._optimizer.iterations.assign_add(1)
+        for gradient, variable in pairs:
+            if isinstance(gradient, tf.IndexedSlices):
+                (unscaled,) = self._unscaled([gradient], [variable], scale, norm)
+                update_rows(self._optimizer, unscaled, variable, learning_rate)
+
+    def _norm(
+        self, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"], variables: Sequence[keras.Variable], squares: Any
+    ) -> tf.Tensor | None:
+        """The norm of all gradients, where it is limited."""
+        if not self._clips():
+            return None
+        counted = [None if replaces_variable(v) else g for g, v in zip(grads, variables, strict=True)]
+        if any(map(replaces_variable, variables)):
+            squares = sum_of_squares(counted)  # else the gradients are not read once more for their norm
+        return global_norm(counted, squares)
+
+    def _update(
+        self,
+        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        variables: Sequence[keras.Variable],
+        scale: tf.Tensor,
+        norm: tf.Tensor | None,
+    ) -> None:
+        """Hands the gradients to the optimizer, in a function that XLA compiles where that pays."""
         self._why_not = self._why_not_compiled(grads, variables)
         if self._why_not:
             self._apply(grads, variables, scale, norm)
@@ -102,20 +132,51 @@ class WeightUpdate:
         norm: tf.Tensor | None,
     ) -> None:
         optimizer, limit = self._optimizer, self._optimizer.global_clipnorm
-        unscaled = [
-            g if g is None or replaces_variable(v) else unscale(g, scale) for g, v in zip(grads, variables, strict=True)
-        ]
-        if norm is not None:
-            shrinks = tf.minimum(limit / unscale(norm, scale), 1.0)
-            unscaled = [
-                g if g is None or replaces_variable(v) else _multiply(g, shrinks)
-                for g, v in zip(unscaled, variables, strict=True)
-            ]
+        unscaled = self._unscaled(grads, variables, scale, norm)
         try:
             optimizer.global_clipnorm = limit if norm is None else None
             optimizer.apply(unscaled, variables)
         finally:
             optimizer.global_clipnorm = limit
+
+    def _unscaled(
+        self,
+        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        variables: Sequence[keras.Variable],
+        scale: tf.Tensor,
+        norm: tf.Tensor | None,
+    ) -> "list[tf.Tensor | tf.IndexedSlices | None]":
+        """The gradients of the loss itself, with their norm limited."""
+        unscaled = [
+            g if g is None or replaces_variable(v) else unscale(g, scale) for g, v in zip(grads, variables, strict=True)
+        ]
+        if norm is None:
+            return unscaled
+        shrinks = tf.minimum(self._optimizer.global_clipnorm / unscale(norm, scale), 1.0)
+        return [
+            g if g is None or replaces_variable(v) else _multiply(g, shrinks)
+            for g, v in zip(unscaled, variables, strict=True)
+        ]
+
+    def _row_update(
+        self, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"], variables: Sequence[keras.Variable]
+    ) -> "Callable[..., None] | None":
+        """What updates the rows of sparse gradients alone, if there are any and others would stay as they are."""
+        sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
+        optimizer = self._optimizer
+        touches_all = (
+            optimizer.clipnorm
+            or optimizer.clipvalue
+            or optimizer.weight_decay
+            or optimizer.use_ema
+            or optimizer.gradient_accumulation_steps
+            or getattr(optimizer, "momentum", 0)
+            or any(getattr(v, "constraint", None) is not None for v in sparse)
+        )
+        # How many rows there are without their repetitions is nothing that XLA can know.
+        if not sparse or touches_all or backend.in_xla_context():
+            return None
+        return _ROW_UPDATES.get(type(optimizer))
 
     def _clips(self) -> bool:
         """Whether the norm of all gradients is limited in this step, and not that of a sum which is complete later."""
@@ -144,6 +205,51 @@ class WeightUpdate:
                     "compiles them all the same"
                 )
         return ""
+
+
+def _merged(
+    optimizer: keras.optimizers.Optimizer, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"]
+) -> "list[tf.Tensor | tf.IndexedSlices | None]":
+    """The gradients as tensors, for an optimizer that moves the rows without a gradient as well, as momentum does.
+
+    Keras's optimizers would take such a gradient apart: of a row that comes twice they add up the squares, where the
+    square of the sum is meant, and they fill a tensor of the variable's shape more than once.
+    """
+    if not type(optimizer).__module__.startswith("keras.") or _keeps_rows(optimizer):
+        return list(grads)
+    return [_dense(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+
+
+def _keeps_rows(optimizer: keras.optimizers.Optimizer) -> bool:
+    return type(optimizer) is keras.optimizers.SGD and not optimizer.momentum
+
+
+def _dense(gradient: tf.IndexedSlices) -> tf.Tensor:
+    values = gradient.values if gradient.values.dtype.size >= 4 else tf.cast(gradient.values, tf.float32)
+    return tf.math.unsorted_segment_sum(values, gradient.indices, gradient.dense_shape[0])
+
+
+def _descend_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor) -> None:
+    """Plain gradient descent, which leaves other rows as they are."""
+    optimizer.assign_sub(variable, _multiply(gradient, learning_rate))
+
+
+def _adagrad_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor) -> None:
+    """Adagrad, which leaves rows without a gradient as they are: Duchi, Hazan and Singer, 2011, section 1.3."""
+    rows, places = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(tf.cast(gradient.values, variable.dtype), places, tf.size(rows))
+    # Keras has no public name for the sums of squares of a variable.
+    sums = optimizer._accumulators[optimizer._get_variable_index(variable)]
+    of_rows = tf.gather(tensorflow_variable(sums), rows) + tf.square(values)
+    optimizer.assign(sums, tf.IndexedSlices(of_rows, rows, gradient.dense_shape))
+    steps = tf.cast(learning_rate, values.dtype) * values / tf.sqrt(of_rows + optimizer.epsilon)
+    optimizer.assign_sub(variable, tf.IndexedSlices(steps, rows, gradient.dense_shape))
+
+
+_ROW_UPDATES: dict[type, Callable[..., None]] = {
+    keras.optimizers.SGD: _descend_rows,
+    keras.optimizers.Adagrad: _adagrad_rows,
+}
 
 
 def unscale(gradient: "tf.Tensor | tf.IndexedSlices", scale: tf.Tensor) -> "tf.Tensor | tf.IndexedSlices":

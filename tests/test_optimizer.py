@@ -161,6 +161,101 @@ def test_none_is_passed_over_and_sparse_gradients_stay_sparse(how):
     assert bool(optimizer.last_step_skipped)
 
 
+ROW_OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1),
+    "sgd, schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "adagrad, schedule": lambda: keras.optimizers.Adagrad(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
+    "adagrad, clipnorm": lambda: keras.optimizers.Adagrad(0.1, clipnorm=0.1),
+    "adagrad, ema": lambda: keras.optimizers.Adagrad(0.1, use_ema=True, ema_overwrite_frequency=2),
+    "adagrad, decay": lambda: keras.optimizers.Adagrad(0.1, weight_decay=0.1),
+    "adam": lambda: keras.optimizers.Adam(0.1),
+    "adam, clipvalue": lambda: keras.optimizers.Adam(0.1, clipvalue=0.01),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.1),
+}
+
+
+def sparse_and_dense_steps(make, wrap, how, jit_compile="auto"):
+    """Variables and slots after steps with sparse gradients, and after the same steps with dense ones, by stock Keras.
+
+    The table's row 2 comes twice in a batch, row 0 never.
+    """
+    optimizers = wrap(make(), jit_compile), make()
+    tables = [keras.Variable(np.ones((4, 2)), name="table") for _ in optimizers]
+    vectors = [keras.Variable([1.0, 2.0], name="vector") for _ in optimizers]
+    generator = np.random.default_rng(0)
+    for optimizer, table, vector in zip(optimizers, tables, vectors, strict=True):
+        optimizer.build([table, vector])
+    for _ in range(3):
+        values, rows = generator.standard_normal((3, 2)).astype("float32"), np.array([2, 3, 2])
+        dense = np.zeros((4, 2), "float32")
+        np.add.at(dense, rows, values)
+        other = tf.constant(generator.standard_normal(2).astype("float32"))
+        sparse = tf.IndexedSlices(tf.constant(values), tf.constant(rows), tf.constant([4, 2]))
+
+        def step(sparse, other):
+            optimizers[0].apply([sparse, other], [tables[0], vectors[0]])
+
+        if isinstance(optimizers[0], keras_mp.LossScaleOptimizer):
+            apply(optimizers[0], [tables[0], vectors[0]], [sparse, other], how)
+        else:
+            (step if how == "eager" else tf.function(step, jit_compile=how == "xla"))(sparse, other)
+        optimizers[1].apply([tf.constant(dense), other], [tables[1], vectors[1]])
+    inner = getattr(optimizers[0], "inner_optimizer", optimizers[0])
+    return [tables[0], vectors[0], *inner.variables], [tables[1], vectors[1], *optimizers[1].variables]
+
+
+def with_scale_of_one(optimizer, jit_compile):
+    return keras_mp.LossScaleOptimizer(optimizer, initial_scale=1.0, jit_compile=jit_compile)
+
+
+@pytest.mark.parametrize(
+    ("how", "jit_compile"), [("eager", False), ("eager", True), ("graph", False), ("graph", True), ("xla", False)]
+)
+@pytest.mark.parametrize("make", ROW_OPTIMIZERS.values(), ids=ROW_OPTIMIZERS)
+def test_sparse_gradients_do_what_dense_ones_do(make, how, jit_compile):
+    ours, expected = sparse_and_dense_steps(make, with_scale_of_one, how, jit_compile)
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, err_msg=one.path)
+
+
+@pytest.mark.stock_defect
+@pytest.mark.parametrize("name", ["adagrad", "adam", "rmsprop"])
+def test_stock_adds_up_squares_of_rows_that_come_twice(name):
+    """Where the square of the sum is meant, as it is of dense gradients."""
+    stock, expected = sparse_and_dense_steps(ROW_OPTIMIZERS[name], lambda optimizer, _: optimizer, "eager")
+    for one, other in zip(stock, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, err_msg=one.path)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_an_update_of_rows_makes_no_tensor_of_the_size_of_the_table(name):
+    table = keras.Variable(np.ones((7, 2)))
+    optimizer = with_scale_of_one(ROW_OPTIMIZERS[name](), False)
+    optimizer.build([table])
+    optimizer.scale_loss(0.0)
+
+    @tf.function
+    def step():
+        gradient = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([1, 1]), tf.constant([7, 2]))
+        optimizer.apply([gradient], [table])
+
+    graph = step.get_concrete_function().graph.as_graph_def(add_shapes=True)
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    shapes = {
+        (node.op, *(size.size for size in shape.dim))
+        for node in nodes
+        for shape in node.attr["_output_shapes"].list.shape
+    }
+    assert {shape[1:] for shape in shapes} >= {(2, 2)}
+    assert not {shape for shape in shapes if shape[1:] == (7, 2)}
+    step()
+    assert int(optimizer.iterations) == 1
+    np.testing.assert_array_equal(table[0], [1.0, 1.0])
+    assert float(table[1, 0]) < 1
+
+
 def test_no_gradient_at_all_is_keras_error():
     with pytest.raises(ValueError, match="No gradients provided for any variable"):
         apply(make_optimizer(), [keras.Variable([1.0])], [None])
