@@ -33,7 +33,8 @@ class Kit:
 
         Args:
             name: of a class of `keras.layers`.
-            *arguments, **settings: as the class takes them.
+            *arguments: as the class takes them.
+            **settings: the same by name.
         """
         classes = keras_mp.layers if self.ours and hasattr(keras_mp.layers, name) else keras.layers
         return getattr(classes, name)(*arguments, **settings)
