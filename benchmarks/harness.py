@@ -44,6 +44,7 @@ __all__ = [
     "orders",
     "paired_ratios",
     "peak_memory",
+    "resident",
     "run_group",
     "run_module",
     "spread",
@@ -249,9 +250,9 @@ def peak_memory(run: Callable[[], object], warm_up: int = 2, runs: int = MEMORY_
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is that of what is resident now
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         run()
-        values.append((_resident("VmHWM") - before) / 1024)
+        values.append((resident("VmHWM") - before) / 1024)
     return values
 
 
@@ -524,8 +525,12 @@ def _target(ratio: float, at_most: float | None) -> str:
     return "" if at_most is None else f"{at_most:g}, {'met' if round(ratio, 2) <= at_most else 'missed'}"
 
 
-def _resident(name: str) -> int:
-    """A number of KiB out of /proc/self/status."""
+def resident(name: str) -> int:
+    """A number of KiB out of /proc/self/status, of Linux.
+
+    Args:
+        name: of it, such as "VmRSS" for what is resident now and "VmHWM" for the peak of that.
+    """
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(f"{name}:")).split()[1])
 

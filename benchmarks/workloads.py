@@ -53,15 +53,13 @@ class Kit:
         """Cross-entropy of logits and class numbers."""
         return (keras_mp.losses if self.ours else keras.losses).SparseCategoricalCrossentropy(from_logits=True)
 
-    def optimizer(self, learning_rate: float, policy: str) -> keras.optimizers.Optimizer:
-        """Adam, as a user of each would have it.
+    def optimizer(self, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+        """An optimizer as a user of each would have it.
 
         Args:
-            learning_rate: of it.
-            policy: the name of the model's. Keras wraps the optimizer itself, where that is mixed_float16.
+            optimizer: Keras's, which Keras wraps itself where the policy is mixed_float16.
         """
-        adam = keras.optimizers.Adam(learning_rate)
-        return keras_mp.LossScaleOptimizer(adam) if self.ours else adam
+        return keras_mp.LossScaleOptimizer(optimizer) if self.ours else optimizer
 
 
 STOCK, OURS = Kit(False), Kit(True)
@@ -78,7 +76,9 @@ class Workload:
         batch: rows of a step.
         settings: sizes, by names that `build` and `data` know.
         small: sizes with as little to compute as shows whether it works.
-        learning_rate: of Adam.
+        learning_rate: of the optimizer.
+        optimizer: its class. For large embeddings that is Adagrad, as in the tutorials of TensorFlow Recommenders and
+            Keras Recommenders.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Workload:
     settings: Mapping[str, Any]
     small: Mapping[str, Any]
     learning_rate: float = 1e-3
+    optimizer: type[keras.optimizers.Optimizer] = keras.optimizers.Adam
 
     def model(self, kit: "Kit", policy: str) -> keras.Model:
         """The model, not compiled.
@@ -145,7 +146,7 @@ def make(workload: Workload, kit: Kit, policy: str, jit_compile: bool = False, s
     """
     keras.utils.set_random_seed(seed)
     model = workload.model(kit, policy)
-    optimizer = kit.optimizer(workload.learning_rate, policy)
+    optimizer = kit.optimizer(workload.optimizer(workload.learning_rate))
     model.compile(optimizer, kit.loss(), metrics=["accuracy"], jit_compile=jit_compile)
     return model
 
@@ -269,6 +270,19 @@ def _classes(x: np.ndarray) -> np.ndarray:
     return (hidden @ generator.standard_normal((32, CLASSES), "float32")).argmax(-1).astype("int32")
 
 
+def _recommending(name: str, learning_rate: float, optimizer: type[keras.optimizers.Optimizer]) -> Workload:
+    return Workload(
+        name,
+        _recommender,
+        _clicks,
+        2048,
+        {"features": 16, "tables": 8, "rows_of_table": 100_000, "width": 32, "units": 1024},
+        {"features": 4, "tables": 2, "rows_of_table": 16, "width": 8, "units": 16},
+        learning_rate,
+        optimizer,
+    )
+
+
 _SMALL_TEXT = {"words": 16, "steps": 8, "width": 16, "heads": 2, "layers": 1}
 WORKLOADS = [
     Workload(
@@ -297,14 +311,8 @@ WORKLOADS = [
         _SMALL_TEXT,
         1e-4,
     ),
-    Workload(
-        "recommender",
-        _recommender,
-        _clicks,
-        2048,
-        {"features": 16, "tables": 8, "rows_of_table": 100_000, "width": 32, "units": 1024},
-        {"features": 4, "tables": 2, "rows_of_table": 16, "width": 8, "units": 16},
-    ),
+    _recommending("recommender", 0.02, keras.optimizers.Adagrad),
+    _recommending("recommender (Adam)", 1e-3, keras.optimizers.Adam),
 ]
 LANGUAGE_MODEL = Workload(
     "language model",

@@ -24,6 +24,7 @@ __all__ = [
     "call_before_training",
     "compile_arguments",
     "compute_loss",
+    "dtype_as_read",
     "first_of_generator",
     "in_xla_context",
     "inner_layers",
@@ -34,6 +35,7 @@ __all__ = [
     "make_function",
     "mask_of",
     "mirrored_strategy",
+    "on_cpu",
     "one_device",
     "optimization_barrier",
     "origin",
@@ -150,6 +152,7 @@ from keras.src.backend.common.global_state import get_global_attribute as _savin
 
 # Inside a layer's call a variable gives its value in the compute dtype; no public name switches that off.
 from keras.src.backend.common.variables import AutocastScope as _AutocastScope  # noqa: E402
+from keras.src.backend.common.variables import get_autocast_scope as _get_autocast_scope  # noqa: E402
 
 # Keras means a replica's losses by its own rows and divides by the number of replicas, and has no way to say otherwise;
 # `share_of_batch` does.
@@ -265,6 +268,11 @@ def mirrored_strategy(devices: list[str]) -> tf.distribute.MirroredStrategy:
     """
     members = {"_collective_key_base": next(_collective_key_bases), "__module__": __name__}
     return type("MirroredStrategy", (tf.distribute.MirroredStrategy,), members)(devices)
+
+
+def on_cpu() -> bool:
+    """Whether operations run on a CPU, for there is no GPU and no TPU."""
+    return not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU")
 
 
 @contextlib.contextmanager
@@ -611,6 +619,13 @@ def set_auto_config(layer: keras.Layer, arguments: "dict[str, Any] | None") -> N
 def autocasts(variable: keras.Variable) -> bool:
     """Whether layers read the variable in their compute dtype."""
     return bool(variable._autocast)
+
+
+def dtype_as_read(variable: keras.Variable) -> str:
+    """The dtype in which the layer that is being called now reads a variable; that of the variable outside a call."""
+    scope = _get_autocast_scope()
+    casts = autocasts(variable) and scope is not None and scope.dtype is not None
+    return scope.dtype if casts and variable.dtype.startswith(("float", "bfloat")) else variable.dtype
 
 
 def origin(tensor: keras.KerasTensor) -> Any:

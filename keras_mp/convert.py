@@ -232,7 +232,7 @@ class _Conversion:
         narrow = policy.compute_dtype in _NARROW
         if isinstance(layer, OutputCast) and not narrow:
             return None
-        last, dense = id(layer) in self.outputs, type(layer) in (keras.layers.Dense, layers.Head)
+        last, dense = id(layer) in self.outputs, type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
         if narrow and last and not dense and not backend.inner_layers(layer):
             # What holds other layers is cast behind it instead: all that it computes need not be in float32.
             policy, narrow = keras.DTypePolicy("float32"), False

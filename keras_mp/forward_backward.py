@@ -28,7 +28,8 @@ class Pass:
     Args:
         loss: float32 scalar, this replica's share of the loss: the sum over replicas is that of the whole batch. None
             where only outputs were asked for.
-        gradients: one for each trainable variable of the model, of the loss times the scale; None where there is none.
+        gradients: one for each trainable variable of the model, of the loss times the scale, in the variable's dtype, or
+            in 16 bits where layers read it in these; None where there is none.
         outputs: the model's outputs, with their masks.
         state: pairs of a variable that the layers assigned to, and its new value.
     """
@@ -206,6 +207,7 @@ class _State(keras.StatelessScope):
         self.assigned: dict[int, tuple[keras.Variable, tf.Tensor]] = {}
         self._tape = tape if isinstance(tape, tf.GradientTape) else None
         self._leaves: dict[int, list[tf.Tensor]] = {}
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._tape is not None:
             for variable in trainable:
                 self._watch(variable, self.state_mapping[id(variable)])
@@ -221,6 +223,26 @@ class _State(keras.StatelessScope):
         self.assigned[id(variable)] = (variable, value)
         super().add_update((variable, value))
 
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """The value of a variable, in the dtype in which it is read.
+
+        A weight that a layer reads in 16 bits is a start for gradients in these: cast to float32, they would be written
+        and read once more, before the optimizer computes with them in float32.
+        """
+        value = super().get_current_value(variable)
+        dtype = backend.dtype_as_read(variable)
+        if id(variable) not in self._leaves or dtype not in ("float16", "bfloat16") or not self._is_outermost():
+            return value
+        assert self._tape is not None
+        with self._tape.stop_recording():
+            cast = tf.cast(value, dtype)
+        self._watch(variable, cast)
+        return cast
+
+    def _is_outermost(self) -> bool:
+        # No gradient comes out of a loop, or of another function, to what is made inside it.
+        return self._graph is None or self._graph is tf.compat.v1.get_default_graph()
+
     def _watch(self, variable: keras.Variable, value: tf.Tensor) -> None:
         assert self._tape is not None
         self._tape.watch(value)
@@ -230,7 +252,12 @@ class _State(keras.StatelessScope):
         """The gradients to the trainable variables, in their order; None where there is none."""
         found = tape.gradient(target, list(self._leaves.values()))
         given = [[part for part in parts if part is not None] for parts in found]
-        return [parts[0] if len(parts) == 1 else tf.add_n(parts) if parts else None for parts in given]
+        return [parts[0] if len(parts) == 1 else tf.add_n(map(_wide, parts)) if parts else None for parts in given]
+
+
+def _wide(gradient: Any) -> Any:
+    """A gradient in a dtype to add it to others in: float32 at least."""
+    return gradient if gradient.dtype.size >= 4 else tf.cast(gradient, tf.float32)
 
 
 def _replica_seed() -> tf.Tensor | None:

@@ -66,7 +66,7 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
 
     @functools.wraps(function)
     def traced(*tensors: Any, **settings: Any) -> Any:
-        token = _on_cpu.set(not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU"))
+        token = _on_cpu.set(backend.on_cpu())
         try:
             return function(*tensors, **settings)
         finally:

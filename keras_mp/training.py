@@ -391,6 +391,9 @@ class Model(keras.Model):
         return self._forward_backward(*arguments, jit_compile=bool(self.jit_compile), **settings)
 
     def _apply(self, gradients: list[Any], variables: list[keras.Variable]) -> None:
+        if not isinstance(self.optimizer, LossScaleOptimizer):  # which casts where it computes with them
+            pairs = zip(gradients, variables, strict=True)
+            gradients = [gradient if gradient is None else tf.cast(gradient, v.dtype) for gradient, v in pairs]
         if isinstance(self.optimizer, LossScaleOptimizer) or not tf.distribute.has_strategy():
             self.optimizer.apply(gradients, variables)
         else:

@@ -2,6 +2,8 @@
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
 from keras_mp.layers.batch_normalization import BatchNormalization
+from keras_mp.layers.convolution import Conv2D, DepthwiseConv2D
+from keras_mp.layers.dense import Dense, EinsumDense
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
 from keras_mp.layers.head import Head
@@ -39,6 +41,10 @@ __all__ = [
     "AveragePooling2D",
     "AveragePooling3D",
     "BatchNormalization",
+    "Conv2D",
+    "Dense",
+    "DepthwiseConv2D",
+    "EinsumDense",
     "Float32",
     "GRUCell",
     "GlobalAveragePooling1D",

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import fusion
+from keras_mp import backend, fusion
+from keras_mp.layers.dense import EinsumDense
 from keras_mp.layers.dot_product import Masks, attend, attend_with_scores, wide_dtype
 from keras_mp.layers.softmax import Softmax
 
@@ -80,6 +81,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the projections."""
         super().build(query_shape, value_shape, key_shape)
+        _project_by_matrices(self)
         # For attention over several axes, which Keras's own computation does.
         axes = range(-len(self.attention_axes), 0)
         self._softmax = Softmax(axis=list(axes), dtype=self.dtype_policy)
@@ -217,6 +219,11 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
         super().__init__(head_dim, num_query_heads, num_key_value_heads, *args, **kwargs)
         self.flash_attention = flash_attention
 
+    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+        """Creates the projections."""
+        super().build(query_shape, value_shape, key_shape)
+        _project_by_matrices(self)
+
     def compute_output_spec(self, query: Any, value: Any, key: Any = None, **kwargs: Any) -> Any:
         """The output as a symbolic tensor."""
         self.compute_output_shape(query.shape, value.shape, None if key is None else key.shape)
@@ -269,6 +276,13 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
     def get_config(self) -> dict[str, Any]:
         """The arguments."""
         return {**super().get_config(), "flash_attention": self.flash_attention}
+
+
+def _project_by_matrices(layer: keras.Layer) -> None:
+    """Lets the projections, which Keras makes itself and gives no way to choose, compute as `EinsumDense` here."""
+    for projection in backend.inner_layers(layer):
+        if type(projection) is keras.layers.EinsumDense:
+            projection.__class__ = EinsumDense
 
 
 class _SoftmaxOfScores(keras.layers.Layer):

@@ -1,0 +1,330 @@
+"""Whole training steps, ours against stock Keras's: `python -m benchmarks.training`.
+
+Each workload of `benchmarks.workloads` in eight ways: Keras's layers and ours, in float32 and in mixed_bfloat16, with
+XLA and without, as `fit` takes a step of a batch that is there. Ours is `keras_mp.Model` with `LossScaleOptimizer`, of
+our layers or, for models of `keras.applications`, of what `convert` makes of them, which in float32 is Keras's layers.
+
+The peak of resident memory is that of a process that takes five steps, less what is resident before it makes its model.
+`python -m benchmarks.training curves` trains each workload for 300 steps, in batches of an eighth of the rows: five
+seeds of stock float32, and the first of them in ours. `python -m benchmarks.training summary` prints the README's table
+and draws its plot from what the others have written.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from benchmarks import harness, workloads  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
+
+import keras
+import numpy as np
+import tensorflow as tf
+import typer
+
+from benchmarks.harness import Case, Comparison, Grid
+from benchmarks.workloads import OURS, STOCK, Kit, Workload
+
+__all__ = ["CASES", "compare_curves", "find", "loss_curve", "make_case", "plot", "speedup", "summary"]
+
+POLICIES = ("float32", "mixed_bfloat16")
+# By its name: of which kit, under which policy, with XLA or without.
+CASES: dict[str, tuple[Kit, str, bool]] = {
+    f"{name}, {policy}{', XLA' * jit_compile}": (kit, policy, jit_compile)
+    for jit_compile in (False, True)
+    for name, kit in (("stock", STOCK), ("ours", OURS))
+    for policy in POLICIES
+}
+STOCK_FLOAT32, STOCK_MIXED, OURS_FLOAT32, OURS_MIXED = (
+    f"{name}, {policy}" for name in ("stock", "ours") for policy in POLICIES
+)
+# At least 2.5 times as fast as stock float32, 1.5 times as fast as stock in the same dtype.
+COMPARISONS = [
+    Comparison(OURS_MIXED, (STOCK_FLOAT32,), 1 / 2.5),
+    Comparison(OURS_MIXED, (STOCK_MIXED,), 1 / 1.5),
+    Comparison(OURS_MIXED, (STOCK_FLOAT32, f"{STOCK_FLOAT32}, XLA", STOCK_MIXED, f"{STOCK_MIXED}, XLA")),
+    Comparison(STOCK_MIXED, (STOCK_FLOAT32,)),
+    Comparison(OURS_FLOAT32, (STOCK_FLOAT32,)),
+    Comparison(f"{OURS_MIXED}, XLA", (f"{STOCK_MIXED}, XLA",)),
+    Comparison(f"{OURS_FLOAT32}, XLA", (f"{STOCK_FLOAT32}, XLA",)),
+]
+ROUNDS = 15
+STEPS, SEEDS, SEGMENT = 300, 5, 10
+CURVE_BATCHES = 50
+PLOT = Path(__file__).parent.parent / "docs" / "training.png"
+
+
+def find(name: str) -> Workload:
+    """A workload by its name.
+
+    Args:
+        name: of one of `benchmarks.workloads`.
+    """
+    known = [*workloads.WORKLOADS, *workloads.APPLICATIONS, workloads.LANGUAGE_MODEL]
+    return next(workload for workload in known if workload.name == name)
+
+
+def make_case(workload: Workload, name: str) -> Case:
+    """One training step, as `fit` takes it, of a batch that is there.
+
+    Args:
+        workload: what is trained.
+        name: of one of `CASES`.
+    """
+    kit, policy, jit_compile = CASES[name]
+    model = workloads.make(workload, kit, policy, jit_compile)
+    batch = workload.batches(1)
+    model.fit(*batch, batch_size=workload.batch, verbose=0)  # builds all that there is to build
+    # The size is known to the graph, as with `drop_remainder`.
+    iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    step = model.make_train_function()
+    return Case(name, lambda: {key: float(value) for key, value in step(iterator).items()})
+
+
+def loss_curve(workload: Workload, name: str, seed: int, steps: int) -> list[float]:
+    """The loss of each step of a training.
+
+    Args:
+        workload: what is trained.
+        name: of one of `CASES`.
+        seed: of the initial weights and of the order of the batches.
+        steps: how many.
+    """
+    kit, policy, jit_compile = CASES[name]
+    model = workloads.make(workload, kit, policy, jit_compile, seed)
+    x, y = workload.batches(min(steps, CURVE_BATCHES))
+    order, size = np.random.default_rng(seed), workload.batch
+    losses: list[float] = []
+    while len(losses) < steps:
+        for start in order.permutation(len(y) // size) * size:
+            batch = keras.tree.map_structure(lambda values: values[start : start + size], (x, y))  # noqa: B023
+            model.reset_metrics()
+            losses.append(float(model.train_on_batch(*batch, return_dict=True)["loss"]))
+    return losses[:steps]
+
+
+def compare_curves(curves: dict[str, Sequence[float]]) -> dict[str, float]:
+    """How far ours is from the same seed of stock float32, where five seeds lie.
+
+    Args:
+        curves: the losses of a training by names: "stock 0" to "stock 4" for the seeds, and others.
+
+    Returns:
+        For each other, the largest difference of a mean over ten steps to that of "stock 0", over the spread of the
+        seeds there (the largest less the smallest), and beside it, under " at the end", that of the last 50 steps.
+    """
+    means = {name: _means(values, SEGMENT) for name, values in curves.items()}
+    seeds = np.array([values for name, values in means.items() if name.startswith("stock")])
+    spreads = seeds.max(0) - seeds.min(0)
+    found = {}
+    for name, values in means.items():
+        if not name.startswith("stock"):
+            differences = np.abs(np.array(values) - seeds[0])
+            found[name] = float((differences / spreads).max())
+            last = seeds[:, -5:].mean(1)
+            found[f"{name} at the end"] = float(differences[-5:].mean() / (last.max() - last.min()))
+    return found
+
+
+def speedup(group: Mapping[str, Any], case: str, against: str) -> float | None:
+    """How many times faster one case is than another, the median over the rounds of a group.
+
+    Args:
+        group: as the JSON file holds it.
+        case: the name of a case.
+        against: the name of another.
+
+    Returns:
+        None where one of them was not run.
+
+    Example:
+        >>> speedup({"times_ms": {"a": [1.0, 2.0], "b": [3.0, 6.0]}}, "a", "b")
+        3.0
+    """
+    times = group["times_ms"]
+    if case not in times or against not in times:
+        return None
+    return statistics.median(harness.paired_ratios(times[against], times[case]))
+
+
+def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of the README's table.
+
+    Args:
+        results: as the JSON file of the times holds them.
+        curves: as that of the curves.
+    """
+    columns = [name for name in CASES if name != STOCK_FLOAT32]
+    yield f"| times as fast as stock float32 | {' | '.join(columns)} | memory | loss |"
+    yield f"|---|{'---:|' * (len(columns) + 2)}"
+    memory = results["grids"][0]
+    place, base = (memory["columns"].index(name) for name in (OURS_MIXED, STOCK_FLOAT32))
+    deviations = curves["grids"][0]["rows"]
+    for group in results["groups"]:
+        ratios = [speedup(group, case, STOCK_FLOAT32) for case in columns]
+        peaks = memory["rows"].get(group["name"])
+        loss = deviations.get(group["name"].partition(",")[0], [None])[0]
+        cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        cells += [f"{peaks[place] / peaks[base]:.2f}" if peaks else "", "" if loss is None else f"{loss:.2f}"]
+        yield f"| {group['name']} | {' | '.join(cells)} |"
+    for kind, groups in (("workloads", _groups(results, False)), ("applications", _groups(results, True))):
+        means = [_geometric_mean([speedup(group, case, STOCK_FLOAT32) for group in groups]) for case in columns]
+        yield f"| geometric mean, {kind} | {' | '.join('' if m is None else f'{m:.2f}' for m in means)} | | |"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Draws how many times as fast as stock float32 each workload is.
+
+    Args:
+        results: as the JSON file holds them.
+        path: of the picture, PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {STOCK_MIXED: "#9e9e9e", OURS_FLOAT32: "#90caf9", OURS_MIXED: "#1565c0"}
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    for index, (case, color) in enumerate(shown.items()):
+        heights = [speedup(group, case, STOCK_FLOAT32) or 0 for group in results["groups"]]
+        places = [place + 0.27 * (index - 1) for place in range(len(heights))]
+        bars = axes.bar(places, heights, 0.27, label=case, color=color)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(results["groups"])), [group["name"].partition(",")[0] for group in results["groups"]])
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.set_ylabel("times as fast as\nstock Keras in float32")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _groups(results: Mapping[str, Any], applications: bool) -> list[Mapping[str, Any]]:
+    names = {_heading(workload) for workload in workloads.APPLICATIONS}
+    return [group for group in results["groups"] if (group["name"] in names) is applications]
+
+
+def _geometric_mean(ratios: Sequence[float | None]) -> float | None:
+    known = [ratio for ratio in ratios if ratio is not None]
+    return math.exp(statistics.fmean(map(math.log, known))) if known and len(known) == len(ratios) else None
+
+
+def _means(values: Sequence[float], count: int) -> list[float]:
+    return [statistics.fmean(values[start : start + count]) for start in range(0, len(values), count)]
+
+
+def _heading(workload: Workload) -> str:
+    return f"{workload.name}, batch {workload.batch}"
+
+
+def _peak(workload: Workload, name: str) -> float:
+    """What a process that trains adds to its resident memory at its peak, in MiB."""
+    before = harness.resident("VmRSS")
+    case = make_case(workload, name)
+    for _ in range(5):
+        case.run()
+    return (harness.resident("VmHWM") - before) / 1024
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Output = Annotated[Path, typer.Option(help="Folder for the results.")]
+Only = Annotated[
+    str, typer.Option(help="Run only workloads with this in their name, and keep what there is of others.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    output: Output = harness.RESULTS,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Run on a busy machine; the results say so.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each workload.")] = ROUNDS,
+    only: Only = "",
+    xla: Annotated[
+        bool, typer.Option(help="Whether to time the applications with XLA, too; minutes to compile.")
+    ] = False,
+) -> None:
+    """Time the training steps and take their memory; write JSON and a table."""
+    if context.invoked_subcommand:
+        return
+    results = harness.begin("training", loaded)
+    earlier = _earlier(output / "training.json") if only else {}
+    groups = {group["name"]: group for group in earlier.get("groups", [])}
+    peaks = dict(earlier["grids"][0]["rows"]) if earlier else {}
+    every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
+    for workload in every:
+        if only not in workload.name:
+            continue
+        heading = _heading(workload)
+        print(f"{heading} ...", file=sys.stderr, flush=True)
+        is_application = workload in workloads.APPLICATIONS
+        names = [name for name, (_, _, jit_compile) in CASES.items() if xla or not jit_compile or not is_application]
+        peaks[heading] = [_peak_in_child(workload, name) if name in names else None for name in CASES]
+        cases = [make_case(workload, name) for name in names]
+        comparisons = [each for each in COMPARISONS if {each.case, *each.against} <= set(names)]
+        groups[heading] = harness.as_group(heading, cases, comparisons, rounds, None)
+        del cases
+        in_order = [_heading(each) for each in every if _heading(each) in groups]
+        results["groups"] = [groups[name] for name in in_order]
+        rows = {name: peaks[name] for name in in_order}
+        grid = Grid("Peak of the resident memory of a training process", "MiB", "workload", list(CASES), rows)
+        results["grids"] = [grid.as_json()]
+        harness.write(results, output)
+    print(harness.table(results))
+
+
+@app.command("curves")
+def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
+    """Train each workload for 300 steps in ours, and with five seeds in stock float32; write JSON and a table."""
+    path = output / "training_curves.json"
+    earlier = _earlier(path) if only else {}
+    found = dict(earlier.get("curves", {}))
+    for workload in workloads.WORKLOADS:
+        if only not in workload.name:
+            continue
+        small = dataclasses.replace(workload, batch=max(4, workload.batch // 8))
+        print(f"{_heading(small)} ...", file=sys.stderr, flush=True)
+        each = {f"stock {seed}": loss_curve(small, STOCK_FLOAT32, seed, STEPS) for seed in range(SEEDS)}
+        each |= {name: loss_curve(small, name, 0, STEPS) for name in (STOCK_MIXED, OURS_FLOAT32, OURS_MIXED)}
+        # Its name is none of a seed's.
+        each["mixed_bfloat16, stock"] = each.pop(STOCK_MIXED)
+        found[workload.name] = {name: [round(value, 5) for value in values] for name, values in each.items()}
+        columns = [OURS_MIXED, f"{OURS_MIXED} at the end", OURS_FLOAT32, "mixed_bfloat16, stock"]
+        deviations = {name: compare_curves(each) for name, each in found.items()}
+        rows = {name: [each[column] for column in columns] for name, each in deviations.items()}
+        name = "Largest difference of the loss to stock float32 of the same seed, by the spread of five seeds"
+        grid = Grid(name, "1 is the spread", "workload, 300 steps", columns, rows)
+        results = {"theme": "training_curves", "machine": harness.describe_machine(), "grids": [grid.as_json()]}
+        harness.write({**results, "curves": found}, output)
+
+
+@app.command("summary")
+def print_summary(output: Output = harness.RESULTS) -> None:
+    """Print the README's table and draw its plot."""
+    results = json.loads((output / "training.json").read_text())
+    print(*summary(results, _earlier(output / "training_curves.json") or {"grids": [{"rows": {}}]}), sep="\n")
+    plot(results, PLOT)
+
+
+@app.command(hidden=True)
+def peak(workload: str, name: str) -> None:
+    """Print what `_peak` finds."""
+    print(_peak(find(workload), name))
+
+
+def _peak_in_child(workload: Workload, name: str) -> float:
+    return round(float(harness.run_module("benchmarks.training", "peak", workload.name, name)), 1)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,188 @@
+"""Dense layers whose products are those of two matrices, and whose gradients to the bias are sums in float32.
+
+TensorFlow's gradient to a bias adds up one row after the other in bfloat16 on a CPU: of 256 rows of ones the sum stays
+at 256 for ever, and of a batch of 2,048 rows three quarters are lost. A product with ones sums in float32, and faster.
+Products of a tensor with more axes, as attention has them, become one of two matrices: TensorFlow's would give the
+gradient to the kernel once for each row of the batch, in 16 bits, and add these up.
+"""
+
+import math
+import string
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend
+
+__all__ = ["Dense", "EinsumDense", "add_bias"]
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+class Dense(keras.layers.Dense):
+    """A dense layer whose gradient to the bias is summed in float32.
+
+    A drop-in for `keras.layers.Dense`, with the same arguments and weights. For a model's output see `Head`.
+
+    Args:
+        units: int, the size of the last axis of the output.
+        activation: function or name of one, or None. Defaults to None.
+        use_bias: bool, whether there is a bias. Defaults to True.
+        **kwargs: the other arguments of Keras's layer.
+
+    Call arguments:
+        inputs: tensor of shape (batch, ..., features).
+
+    Returns:
+        Tensor of shape (batch, ..., units) in the compute dtype.
+
+    Raises:
+        ValueError: as Keras's layer, if `units` is not a positive int or the last axis is not as built.
+
+    Example:
+        >>> import keras_mp
+        >>> layer = keras_mp.layers.Dense(1, dtype="mixed_bfloat16")
+        >>> with tf.GradientTape() as tape:
+        ...     y = layer(tf.ones((4096, 8)))
+        >>> tape.gradient(y, layer.bias.value).numpy().tolist()
+        [4096.0]
+    """
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Computes activation(inputs @ kernel + bias); see the class."""
+        kernel = tf.convert_to_tensor(self.kernel)
+        if not _takes(inputs, kernel):
+            return super().call(inputs, training=training)
+        outputs = _affine(inputs, kernel, self.bias, inputs.shape.rank - 1)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+class EinsumDense(keras.layers.EinsumDense):
+    """A dense layer over several axes that multiplies two matrices, and sums the gradient to the bias in float32.
+
+    A drop-in for `keras.layers.EinsumDense`, with the same arguments and weights. Equations whose kernel has the last
+    axes of the inputs first, as "abc,cde->abde" and "...x,xy->...y", become a product of two matrices. An ellipsis
+    never reaches TensorFlow, whose einsum answers wrong numbers for one in 16 bits on a CPU.
+
+    Args:
+        equation: str, as for `keras.ops.einsum`, of two operands.
+        output_shape: int or tuple of ints, without the batch. None stands for a size that the inputs give.
+        activation: function or name of one, or None. Defaults to None.
+        bias_axes: str, the axes of the output that the bias has. Defaults to None: no bias.
+        **kwargs: the other arguments of Keras's layer.
+
+    Call arguments:
+        inputs: tensor as the equation says.
+
+    Returns:
+        Tensor as the equation says, in the compute dtype.
+
+    Raises:
+        ValueError: as Keras's layer, if the equation or the shapes do not fit.
+
+    Example:
+        >>> import keras_mp
+        >>> layer = keras_mp.layers.EinsumDense("abc,cde->abde", output_shape=(None, 2, 4), bias_axes="de")
+        >>> layer(tf.ones((1, 3, 8))).shape
+        TensorShape([1, 3, 2, 4])
+    """
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Computes activation(einsum(equation, inputs, kernel) + bias); see the class."""
+        kernel = tf.convert_to_tensor(self.kernel)
+        if not _takes(inputs, kernel):
+            return super().call(inputs, training=training)
+        equation = _spelled_out(self.equation, inputs.shape.rank)
+        kept = _kept_axes(equation)
+        if not kept:
+            outputs = keras.ops.einsum(equation, inputs, kernel)
+            outputs = outputs if self.bias is None else keras.ops.add(outputs, self.bias)
+            return outputs if self.activation is None else self.activation(outputs)
+        whole = self.bias is not None and tuple(self.bias.shape) == tuple(kernel.shape[inputs.shape.rank - kept :])
+        outputs = _affine(inputs, kernel, self.bias if whole else None, kept)
+        if self.bias is not None and not whole:
+            outputs = keras.ops.add(outputs, self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def add_bias(x: tf.Tensor, bias: Any) -> tf.Tensor:
+    """Adds a bias to the last axis, as `tf.nn.bias_add`, with a gradient that is summed in float32.
+
+    Args:
+        x: tensor of rank 2 or more.
+        bias: vector, of the dtype of `x`.
+    """
+    bias = tf.convert_to_tensor(bias)
+    if x.dtype not in (tf.bfloat16, tf.float16) or not backend.recording() or not backend.on_cpu():
+        return tf.nn.bias_add(x, bias)
+
+    @tf.custom_gradient
+    def added(x: tf.Tensor, bias: tf.Tensor) -> Any:
+        return tf.nn.bias_add(x, bias), lambda upstream: (upstream, _sum_of_rows(upstream))
+
+    return added(x, bias)
+
+
+def _sum_of_rows(x: tf.Tensor) -> tf.Tensor:
+    """The sum over all axes but the last, in float32, rounded once."""
+    rows = tf.reshape(x, [-1, x.shape[-1]])
+    if backend.in_xla_context():
+        return tf.cast(tf.reduce_sum(tf.cast(rows, tf.float32), 0), x.dtype)
+    return tf.matmul(tf.ones([1, tf.shape(rows)[0]], x.dtype), rows)[0]
+
+
+def _takes(inputs: Any, kernel: tf.Tensor) -> bool:
+    """Whether the product is one of two matrices on a CPU, where TensorFlow and not XLA computes it."""
+    return (
+        isinstance(inputs, tf.Tensor)
+        and inputs.dtype == kernel.dtype
+        and inputs.shape.rank is not None
+        and inputs.shape.rank >= 2
+        and backend.on_cpu()
+        and not backend.in_xla_context()
+    )
+
+
+def _affine(inputs: tf.Tensor, kernel: tf.Tensor, bias: Any, kept: int) -> tf.Tensor:
+    """The product of inputs and kernel over the inputs' axes after the first `kept`, and the bias."""
+    summed = inputs.shape.rank - kept
+    sizes, size = kernel.shape[summed:].as_list(), math.prod(kernel.shape[:summed])
+    outputs = tf.matmul(tf.reshape(inputs, [-1, size]), tf.reshape(kernel, [size, -1]))
+    if bias is not None:
+        outputs = add_bias(outputs, tf.reshape(tf.convert_to_tensor(bias), [-1]))
+    if kept == 1 and len(sizes) == 1:
+        return outputs
+    outputs = tf.reshape(outputs, [*keras.ops.shape(inputs)[:kept], *sizes])
+    return tf.ensure_shape(outputs, [*inputs.shape[:kept], *sizes])
+
+
+def _spelled_out(equation: str, rank: int) -> str:
+    """The equation with letters in the place of an ellipsis, for inputs of a rank.
+
+    Example:
+        >>> _spelled_out("...x,xy->...y", 3), _spelled_out("ab,bc->ac", 2)
+        ('ABx,xy->ABy', 'ab,bc->ac')
+    """
+    equation = equation.replace(" ", "")
+    if "..." not in equation:
+        return equation
+    named = len(equation.partition(",")[0].replace("...", ""))
+    unused = [letter for letter in string.ascii_uppercase if letter not in equation]
+    return equation.replace("...", "".join(unused[: rank - named]))
+
+
+def _kept_axes(equation: str) -> int:
+    """How many first axes of the inputs the output has, where the others are the kernel's first; 0 for other equations.
+
+    Example:
+        >>> _kept_axes("abc,cde->abde"), _kept_axes("abcd,cde->abe"), _kept_axes("abc,cd->adb")
+        (2, 2, 0)
+    """
+    operands, _, output = equation.partition("->")
+    inputs, _, kernel = operands.partition(",")
+    if any(len(set(labels)) != len(labels) for labels in (inputs, kernel, output)):
+        return 0
+    kept = sum(label in output for label in inputs)
+    fits = inputs[kept:] + output[kept:] == kernel and inputs[:kept] == output[:kept]
+    return kept if fits and kept < len(inputs) else 0

@@ -1,0 +1,115 @@
+"""Convolutions: the contract, and gradients to the kernel against TensorFlow's own, with second derivatives."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_mp import layers
+from keras_mp.layers import convolution
+from tests.layers.contract import POLICIES, Case, check_contract
+
+
+def case(name, shape, *arguments, **settings):
+    ours, stock = getattr(layers, name), getattr(keras.layers, name)
+    return Case(lambda: ours(*arguments, **settings), lambda: stock(*arguments, **settings), [shape], masked=False)
+
+
+CASES = {
+    "pointwise": case("Conv2D", (2, 5, 4, 3), 6, 1),
+    "pointwise, strides": case("Conv2D", (2, 5, 4, 3), 6, 1, strides=(2, 3), padding="same"),
+    "small": case("Conv2D", (2, 5, 4, 3), 2, 3, padding="same", activation="relu"),
+    "small, valid, uneven": case("Conv2D", (2, 5, 6, 3), 2, (2, 3), use_bias=False),
+    "small, even kernel": case("Conv2D", (2, 5, 6, 3), 2, (4, 2), padding="same"),
+    "kernel larger than the image": case("Conv2D", (2, 2, 2, 3), 2, 5, padding="same"),
+    "strides": case("Conv2D", (2, 7, 6, 3), 2, 3, strides=2, padding="same"),
+    "strides, valid": case("Conv2D", (2, 7, 6, 3), 2, 3, strides=(1, 2)),
+    "wide": case("Conv2D", (2, 2, 16, 3), 2, 3, padding="same"),
+    "dilation": case("Conv2D", (2, 6, 6, 3), 2, 2, dilation_rate=2),
+    "depthwise, 3": case("DepthwiseConv2D", (2, 5, 6, 3), 3, padding="same"),
+    "depthwise, 5": case("DepthwiseConv2D", (2, 5, 6, 3), 5, padding="same", activation="relu"),
+    "depthwise, 7, strides": case("DepthwiseConv2D", (2, 9, 8, 3), 7, strides=2, padding="same"),
+    "depthwise, uneven, valid": case("DepthwiseConv2D", (2, 6, 9, 3), (2, 5), use_bias=False),
+    "depthwise, multiplier": case("DepthwiseConv2D", (2, 6, 7, 3), (4, 1), depth_multiplier=2, padding="same"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name, policy, tmp_path, mirrored):
+    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+
+
+def derivatives(layer, x, upstream, compile_by):
+    """The gradients to input and kernel, and those of a function of both gradients."""
+    variables = layer.trainable_variables
+
+    def run(x, upstream):
+        with tf.GradientTape() as outer:
+            outer.watch([x, upstream])
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x)
+            first = tape.gradient(y, [x, *variables], upstream)
+            penalty = tf.add_n([tf.reduce_sum(tf.cast(g, tf.float32) ** 2) for g in first])
+        second = outer.gradient(penalty, [x, upstream, *variables])
+        return first, [tf.zeros([]) if gradient is None else gradient for gradient in second]  # None: of the bias
+
+    return compile_by(run)(x, upstream)
+
+
+@pytest.mark.parametrize("compile_by", [lambda run: run, tf.function], ids=["eager", "graph"])
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
+    ours, stock = CASES[name].ours(), CASES[name].stock()
+    (shape,) = CASES[name].shapes
+    generator = np.random.default_rng(0)
+    x = tf.constant(generator.standard_normal(shape).astype("float32"))
+    upstream = tf.constant(generator.standard_normal(ours(x).shape).astype("float32"))
+    stock.build(shape)
+    stock.set_weights(ours.get_weights())
+    results = [tf.nest.flatten(derivatives(layer, x, upstream, compile_by)) for layer in (ours, stock)]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pointwise", "_pointwise"),
+        ("pointwise, strides", "_pointwise"),
+        ("small", "_by_offsets"),
+        ("strides", "_by_patches"),
+        ("wide", None),
+        ("dilation", None),
+        ("depthwise, 3", None),
+        ("depthwise, 5", "_by_tiles"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch):
+    taken = []
+    for way in ("_pointwise", "_by_offsets", "_by_patches", "_by_tiles"):
+        original = getattr(convolution, way)
+        monkeypatch.setattr(
+            convolution, way, lambda *a, way=way, original=original, **k: taken.append(way) or original(*a, **k)
+        )
+    keras.config.set_dtype_policy(f"mixed_{dtype}")
+    layer = CASES[name].ours()
+    (shape,) = CASES[name].shapes
+    with tf.GradientTape() as tape:
+        y = layer(tf.ones(shape, dtype))
+    assert tape.gradient(y, layer.kernel).shape == layer.kernel.shape
+    assert taken == ([expected] if expected and dtype == "bfloat16" else [])
+
+
+def test_what_is_no_training_step_is_keras_graph():
+    """So that an export holds what Keras's layer would."""
+    ours, stock = (kind(2, 1, use_bias=False) for kind in (layers.Conv2D, keras.layers.Conv2D))
+    x = tf.ones((2, 5, 4, 3))
+    operations = [
+        [operation.type for operation in tf.function(layer).get_concrete_function(x).graph.get_operations()]
+        for layer in (ours, stock)
+        if layer(x) is not None
+    ]
+    assert operations[0] == operations[1]
