@@ -265,7 +265,9 @@ def main(
         print(f"{heading} ...", file=sys.stderr, flush=True)
         is_application = workload in workloads.APPLICATIONS
         names = [name for name, (_, _, jit_compile) in CASES.items() if xla or not jit_compile or not is_application]
-        peaks[heading] = [_peak_in_child(workload, name) if name in names else None for name in CASES]
+        peaks[heading] = [
+            None if jit_compile else _peak_in_child(workload, name) for name, (_, _, jit_compile) in CASES.items()
+        ]
         cases = [make_case(workload, name) for name in names]
         comparisons = [each for each in COMPARISONS if {each.case, *each.against} <= set(names)]
         groups[heading] = harness.as_group(heading, cases, comparisons, rounds, None)
