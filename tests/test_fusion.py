@@ -155,6 +155,15 @@ def test_what_is_kept_is_held_where_xla_compiles_both_passes_and_nowhere_else(na
     )
 
 
+@pytest.mark.parametrize("name", ["LayerNormalization", "Softmax", "gelu"])
+def test_a_16_bit_gradient_does_not_stay_in_float32_for_who_casts_it(name):
+    _, step, x = gradients_of(name)
+    # As the sum of a bias's gradient does; XLA would leave out the rounding before the cast.
+    wide = tf.function(lambda x: tf.cast(step(x), "float32"), jit_compile=True, autograph=False)(x)
+    assert wide.dtype == tf.float32
+    np.testing.assert_array_equal(wide, tf.cast(tf.cast(wide, "bfloat16"), "float32"))
+
+
 def test_a_tape_outside_of_what_xla_compiles():
     run, step, x = gradients_of("LayerNormalization", "float32")
     x = tf.cast(x, "float32")
