@@ -67,7 +67,6 @@ _H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 
  device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
-
 def _resized(name: str, row: str, batch: int, **settings: Any) -> workloads.Workload:
     (found,) = (workload for workload in workloads.WORKLOADS if workload.name == name)
     return dataclasses.replace(found, name=row, batch=batch, settings={**found.settings, **settings})
