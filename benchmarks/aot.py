@@ -2,13 +2,15 @@
 
 TensorFlow lowers the step to HLO on the CPU; the target's own compiler, which needs no device, lays it out and says how
 much memory it takes beside its inputs and weights. So these are the figures of the compiler, not an estimate. The steps
-are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward.
+are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward; and those of whole
+models of `benchmarks.workloads`: forward, backward and the optimizer's update, as one program.
 
 Needs the extra `aot`, and calls private functions of jaxlib: seen working with jax and jaxlib 0.10.2, libtpu 0.0.52,
 jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each row of a table has a process
 of its own, and one more for what a compiler that ended it has left.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,12 +24,23 @@ from typing import Annotated, Any
 
 from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
 
+import keras
 import tensorflow as tf
 import typer
 
-from benchmarks import attention, harness, layers
+from benchmarks import attention, harness, layers, workloads
 
-__all__ = ["TARGETS", "THEMES", "attention_steps", "layer_steps", "memory", "require"]
+__all__ = [
+    "TARGETS",
+    "THEMES",
+    "TRAINING",
+    "attention_steps",
+    "layer_steps",
+    "memory",
+    "require",
+    "training_steps",
+    "whole_step",
+]
 
 TARGETS = {"tpu-v5e": "TPU v5e", "h100": "H100"}
 PACKAGES = {
@@ -52,6 +65,19 @@ _H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 
  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
  registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
  device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+def _resized(name: str, row: str, batch: int, **settings: Any) -> workloads.Workload:
+    (found,) = (workload for workload in workloads.WORKLOADS if workload.name == name)
+    return dataclasses.replace(found, name=row, batch=batch, settings={**found.settings, **settings})
+
+
+# The workloads of the theme "training". On a CPU they are timed with other sizes, which fill no accelerator.
+TRAINING = [
+    _resized("ResNet", "ResNet, 64 x 64 pixels", 64, size=64),
+    _resized("transformer", "transformer, 256 steps", 32, steps=256, width=256, layers=2),
+    dataclasses.replace(workloads.LANGUAGE_MODEL, name="language model, 4096 words"),
+]
 
 # By the name of a row, by the name of a case, what makes the step.
 Steps = Mapping[str, Mapping[str, Callable[[], Callable[[], Any]]]]
@@ -80,6 +106,33 @@ def attention_steps() -> Steps:
     }
 
 
+def training_steps() -> Steps:
+    """Whole training steps of the models of `benchmarks.workloads`, in the sizes of `TRAINING`."""
+
+    def make(workload: workloads.Workload, ours: bool, policy: str) -> Callable[[], Any]:
+        model = workloads.make(workload, workloads.OURS if ours else workloads.STOCK, policy, jit_compile=True)
+        return whole_step(model, workload.batches(1))
+
+    return {workload.name: _cases(functools.partial(make, workload)) for workload in TRAINING}
+
+
+def whole_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
+    """The step as `fit` takes it, with the optimizer's update, as a function of nothing whose shapes are static.
+
+    Args:
+        model: compiled.
+        batch: `(x, y)` or `(x, y, sample_weight)`, of arrays.
+
+    Returns:
+        A function that trains on this batch and answers the metrics.
+    """
+    backend.build(model, batch)
+    model.optimizer.build(model.trainable_variables)
+    # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
+    data = keras.tree.map_structure(lambda value: tf.Variable(value, trainable=False), batch)
+    return lambda: model.train_step(keras.tree.map_structure(lambda variable: variable.read_value(), data))
+
+
 def _cases(make: Callable[[bool, str], Callable[[], Any]]) -> dict[str, Callable[[], Callable[[], Any]]]:
     return {
         layers.case_name(ours, policy): functools.partial(make, ours, policy)
@@ -88,7 +141,11 @@ def _cases(make: Callable[[bool, str], Callable[[], Any]]) -> dict[str, Callable
     }
 
 
-THEMES: Mapping[str, Callable[[], Steps]] = {"layers": layer_steps, "attention": attention_steps}
+THEMES: Mapping[str, Callable[[], Steps]] = {
+    "layers": layer_steps,
+    "attention": attention_steps,
+    "training": training_steps,
+}
 
 
 def require() -> None:
@@ -110,6 +167,9 @@ def _there(module: str) -> bool:
 
 def memory(step: Callable[[], Any], target: str) -> float:
     """The temporaries and results of a step as a target's compiler lays them out.
+
+    Results that take the place of an input do not count, as the weights, slots and metrics that a whole training step
+    updates: they are in memory before it, between steps and after it. So of a whole step these are its temporaries.
 
     Args:
         step: what a `tf.function` is made of; the shapes of its variables are static.
@@ -164,7 +224,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = harness.RESULTS,
-    theme: Annotated[list[str] | None, typer.Option(help="layers, attention. Both without this.")] = None,
+    theme: Annotated[list[str] | None, typer.Option(help="layers, attention, training. All without this.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="tpu-v5e, h100. Both without this.")] = None,
     only: Annotated[
         list[str] | None,

@@ -167,6 +167,15 @@ def held(whole: bool, *tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
     return tuple(backend.optimization_barrier(tensor) for tensor in tensors) if whole else tensors
 
 
+def _as_rounded(whole: bool, gradient: Any) -> Any:
+    """A gradient, `held` where it is in 16 bits.
+
+    Summed up in float32 by what comes next, as that of a bias is, it would otherwise stay in float32 for all who take
+    it: XLA leaves out a rounding to 16 bits that a cast to float32 follows.
+    """
+    return held(whole, gradient)[0] if gradient is not None and gradient.dtype.size == 2 else gradient
+
+
 def operation(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
@@ -176,7 +185,7 @@ def operation(
 ) -> Callable[..., Any]:
     """Makes one operation of a function and its gradient, that keeps its inputs or its output and nothing else.
 
-    What the backward pass gets from the forward pass is `held`.
+    What the backward pass gets from the forward pass is `held`, and so are the 16-bit gradients that it answers.
 
     Args:
         forward: from tensors by position, and hashable settings by name, to a tensor or several.
@@ -216,7 +225,8 @@ def operation(
 
             def gradient(*upstream: tf.Tensor) -> Any:
                 slopes = upstream[:1] if keeps_statistics else upstream
-                return backward_of(fused)(*held(whole, *kept), *slopes, **settings)
+                gradients = backward_of(fused)(*held(whole, *kept), *slopes, **settings)
+                return tf.nest.map_structure(lambda g: _as_rounded(whole, g), gradients)
 
             return outputs, gradient
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary
+from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary, workloads
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -307,6 +307,24 @@ def test_every_step_is_compiled_for_accelerators():
     assert set(aot.attention_steps()) == {
         attention.group_name(length, causal) for length in attention.LENGTHS for causal in (False, True)
     }
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_whole_training_steps_are_compiled_for_accelerators(ours):
+    assert list(aot.training_steps()) == [workload.name for workload in aot.TRAINING]
+    cases = {layers.case_name(ours, policy) for policy in attention.POLICIES for ours in (False, True)}
+    assert all(set(row) == cases for row in aot.training_steps().values())
+    # What is compiled is the whole step, of static shape, with the update: TensorFlow lowers and runs it here as well.
+    for workload in aot.TRAINING:
+        small = workload.smaller()
+        model = workloads.make(small, workloads.OURS if ours else workloads.STOCK, "float32", jit_compile=True)
+        step = aot.whole_step(model, small.batches(1))
+        before = [variable.numpy() for variable in model.trainable_variables]
+        logs = tf.function(step, jit_compile=True, autograph=False)()
+        assert np.isfinite(logs["loss"])
+        assert model.optimizer.iterations == 1
+        after = [variable.numpy() for variable in model.trainable_variables]
+        assert all((old != new).any() for old, new in zip(before, after, strict=True))
 
 
 def test_a_missing_compiler_is_said_with_what_to_install(monkeypatch):

@@ -10,7 +10,6 @@ import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from benchmarks import aot
 
@@ -57,12 +56,7 @@ def make_step(policy):
     model = build_model(policy)
     x = {"images": generator.random((ROWS, 16, 16, 3), "float32"), "words": np.arange(ROWS * 6).reshape(ROWS, 6) % 20}
     y = {"class": np.arange(ROWS) % 5, "kind": np.arange(ROWS) % 3}
-    batch = (x, y, {name: np.ones(ROWS, "float32") for name in y})
-    keras_mp.backend.build(model, batch)
-    model.optimizer.build(model.trainable_variables)
-    # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
-    data = keras.tree.map_structure(lambda value: tf.Variable(value, trainable=False), batch)
-    return lambda: model.train_step(keras.tree.map_structure(lambda variable: variable.read_value(), data))
+    return aot.whole_step(model, (x, y, {name: np.ones(ROWS, "float32") for name in y}))
 
 
 if __name__ == "__main__":
