@@ -172,6 +172,8 @@ def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[s
         cells += [f"{peaks[place] / peaks[base]:.2f}" if peaks else "", "" if loss is None else f"{loss:.2f}"]
         yield f"| {group['name']} | {' | '.join(cells)} |"
     for kind, groups in (("workloads", _groups(results, False)), ("applications", _groups(results, True))):
+        if not groups:
+            continue
         means = [_geometric_mean([speedup(group, case, STOCK_FLOAT32) for group in groups]) for case in columns]
         yield f"| geometric mean, {kind} | {' | '.join('' if m is None else f'{m:.2f}' for m in means)} | | |"
 

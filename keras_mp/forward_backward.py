@@ -28,8 +28,8 @@ class Pass:
     Args:
         loss: float32 scalar, this replica's share of the loss: the sum over replicas is that of the whole batch. None
             where only outputs were asked for.
-        gradients: one for each trainable variable of the model, of the loss times the scale, in the variable's dtype, or
-            in 16 bits where layers read it in these; None where there is none.
+        gradients: one for each trainable variable of the model, of the loss times the scale, in the variable's dtype
+            or in the 16 bits that layers read it in; None where there is none.
         outputs: the model's outputs, with their masks.
         state: pairs of a variable that the layers assigned to, and its new value.
     """

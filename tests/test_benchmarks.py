@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary, workloads
+from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary, training, workloads
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -369,3 +369,57 @@ def test_the_first_epochs_are_counted_and_shown():
     grids = [grid.as_json() for grid in distribution.count_traces({"a": found})]
     graphs = " | ".join([f"{found['graphs'][0]:.2f}"] * distribution.EPOCHS)
     assert f"| a | {graphs} |" in harness.table({"theme": "example", "machine": MACHINE, "grids": grids})
+
+
+EVERY_WORKLOAD = [*workloads.WORKLOADS, workloads.LANGUAGE_MODEL]
+
+
+@pytest.mark.parametrize("workload", EVERY_WORKLOAD, ids=lambda workload: workload.name)
+def test_a_workload_is_the_same_model_in_both_kits(workload):
+    """The same weights from the same seed, and outputs that agree to float32 rounding."""
+    small = workload.smaller()
+    x, y = small.batches(1)
+    stock, ours = (workloads.make(small, kit, "float32") for kit in (workloads.STOCK, workloads.OURS))
+    for one, other in zip(ours.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(ours.predict(x, verbose=0), stock.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    again = small.batches(1)
+    np.testing.assert_array_equal(y, again[1])
+
+
+@pytest.mark.parametrize("name", [name for name, case in training.CASES.items() if not case[2]])
+def test_a_training_case_trains(name):
+    case = training.make_case(workloads.WORKLOADS[0].smaller(), name)
+    losses = [case.run()["loss"] for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_curves_are_those_of_the_seed():
+    small = workloads.WORKLOADS[0].smaller()
+    one, same, other = (training.loss_curve(small, training.STOCK_FLOAT32, seed, 8) for seed in (0, 0, 1))
+    assert len(one) == 8
+    np.testing.assert_allclose(one, same, rtol=1e-5)
+    assert np.abs(np.subtract(one, other)).max() > 1e-3
+
+
+def test_curves_are_compared_by_the_spread_of_the_seeds():
+    curves = {"stock 0": [1.0] * 100, "stock 1": [3.0] * 100, "ours": [1.0] * 90 + [2.0] * 10}
+    found = training.compare_curves(curves)
+    assert found == {"ours": 0.5, "ours at the end": pytest.approx(0.1)}
+
+
+def test_the_summary_of_training_is_made_of_the_results():
+    names = [training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_FLOAT32, training.OURS_MIXED]
+    group = {"name": "MLP, batch 256", "times_ms": dict(zip(names, [[6.0], [3.0], [4.0], [2.0]], strict=True))}
+    peaks = {"columns": list(training.CASES), "rows": {"MLP, batch 256": [100.0, 90.0, 80.0, 60.0, *[None] * 4]}}
+    curves = {"grids": [{"rows": {"MLP": [0.25, 0.1, 0.2, 0.3]}}]}
+    lines = list(training.summary({"groups": [group], "grids": [peaks]}, curves))
+    assert lines[2] == "| MLP, batch 256 | 2.00 | 1.50 | 3.00 |  |  |  |  | 0.60 | 0.25 |"
+    assert lines[3].startswith("| geometric mean, workloads | 2.00 | 1.50 | 3.00 |")
+
+
+def test_the_plot_of_training_is_a_picture(tmp_path):
+    names = [training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_FLOAT32, training.OURS_MIXED]
+    group = {"name": "MLP, batch 256", "times_ms": dict(zip(names, [[6.0], [3.0], [4.0], [2.0]], strict=True))}
+    training.plot({"groups": [group]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -625,3 +625,56 @@ def test_two_strategies_are_not_mixed(mirrored):
             model.compile("sgd", "mse")
     with pytest.raises(DistributionError, match="The optimizer was made under a Mirrored.* of 4 replicas, and .* of 2"):
         model.compile(optimizer, "mse")
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_what_layers_read_in_16_bits_has_its_gradient_in_these(jit_compile):
+    """But for what is read in several places or in float32 as well, whose parts are added up in float32."""
+    seen = {}
+
+    class Seeing(keras_mp.LossScaleOptimizer):
+        def apply(self, grads, trainable_variables=None):
+            seen.update({v.path: g.dtype.name for g, v in zip(grads, trainable_variables, strict=True)})
+            super().apply(grads, trainable_variables)
+
+    def trained(model_type, optimizer, jit_compile):
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((6, 4))
+        x = keras.layers.LSTM(8, name="loop")(inputs)  # which reads its weights inside a loop
+        shared = keras.layers.Dense(8, activation="tanh", name="shared")
+        x = shared(shared(x))
+        x = keras.layers.Dense(8, kernel_regularizer="l2", name="regularized")(x)
+        outputs = keras.layers.Dense(3, name="once")(keras.layers.Dense(8, name="before")(x))
+        model = model_type(inputs, outputs)
+        model.compile(optimizer, "mse", jit_compile=jit_compile)
+        generator = np.random.default_rng(0)
+        data = generator.standard_normal((16, 6, 4), "float32"), generator.standard_normal((16, 3), "float32")
+        before = model.get_weights()
+        model.fit(*data, batch_size=16, verbose=0)
+        return [after - value for after, value in zip(model.get_weights(), before, strict=True)]
+
+    with keras_mp.policy_scope("mixed_bfloat16"):
+        ours = trained(keras_mp.Model, Seeing(keras.optimizers.SGD(1.0), initial_scale=1.0), jit_compile)
+        stock = trained(keras.Model, keras.optimizers.SGD(1.0), False)
+    assert seen["once/kernel"] == seen["before/kernel"] == seen["once/bias"] == "bfloat16"
+    assert seen["shared/kernel"] == seen["regularized/kernel"] == "float32"
+    for one, other in zip(ours, stock, strict=True):
+        assert np.abs(other).max() > 0
+        # XLA rounds in other places; both are bfloat16 and a loop of six steps.
+        np.testing.assert_allclose(one, other, atol=0.03 * np.abs(other).max())
+
+
+def test_other_optimizers_get_gradients_of_the_variables_dtype():
+    seen = []
+
+    class Seeing(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            seen.append(gradient.dtype.name)
+            super().update_step(gradient, variable, learning_rate)
+
+    with keras_mp.policy_scope("mixed_bfloat16"):
+        inputs = keras.Input((4,))
+        model = keras_mp.Model(inputs, keras.layers.Dense(3)(inputs))
+        model.compile(Seeing(0.1), "mse")
+    model.fit(np.ones((8, 4), "float32"), np.zeros((8, 3), "float32"), batch_size=8, verbose=0)
+    assert seen == ["float32", "float32"]

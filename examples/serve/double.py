@@ -134,6 +134,10 @@ class Double:
             raise RefusedError(400, f"input size does not match signature: {sorted(given)} != {sorted(specs)}")
         try:
             tensors = {key: tf.constant(given[key], spec.dtype) for key, spec in specs.items()}
+            for key, tensor in tensors.items():
+                # On some CPUs TensorFlow's convolution ends the process over an input of another rank.
+                if not specs[key].shape.is_compatible_with(tensor.shape):
+                    raise ValueError(f"{key} has the shape {tensor.shape}, expected {specs[key].shape}")
             return {key: answer.numpy() for key, answer in function(**tensors).items()}
         except (tf.errors.InvalidArgumentError, TypeError, ValueError) as error:
             raise RefusedError(400, str(error).splitlines()[0]) from error

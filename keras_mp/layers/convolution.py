@@ -66,7 +66,7 @@ class Conv2D(keras.layers.Conv2D):
 
     def call(self, inputs: Any) -> Any:
         """Convolves; see the class."""
-        if self.data_format != "channels_last":
+        if self.data_format != "channels_last" or not backend.recording():
             return super().call(inputs)
         return _finished(self, self.convolution_op(inputs, self.kernel))
 

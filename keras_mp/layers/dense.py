@@ -90,11 +90,9 @@ class EinsumDense(keras.layers.EinsumDense):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Computes activation(einsum(equation, inputs, kernel) + bias); see the class."""
-        kernel = tf.convert_to_tensor(self.kernel)
-        if not _takes(inputs, kernel):
-            return super().call(inputs, training=training)
-        equation = _spelled_out(self.equation, inputs.shape.rank)
-        kept = _kept_axes(equation)
+        kernel, rank = tf.convert_to_tensor(self.kernel), inputs.shape.rank
+        equation = self.equation if rank is None else _spelled_out(self.equation, rank)
+        kept = _kept_axes(equation) if _takes(inputs, kernel) else 0
         if not kept:
             outputs = keras.ops.einsum(equation, inputs, kernel)
             outputs = outputs if self.bias is None else keras.ops.add(outputs, self.bias)
@@ -133,9 +131,13 @@ def _sum_of_rows(x: tf.Tensor) -> tf.Tensor:
 
 
 def _takes(inputs: Any, kernel: tf.Tensor) -> bool:
-    """Whether the product is one of two matrices on a CPU, where TensorFlow and not XLA computes it."""
+    """Whether this is a training step on a CPU, where TensorFlow and not XLA computes the product.
+
+    Otherwise the graph is that of Keras's layer: what is exported holds nothing that Keras's would not.
+    """
     return (
-        isinstance(inputs, tf.Tensor)
+        backend.recording()
+        and isinstance(inputs, tf.Tensor)
         and inputs.dtype == kernel.dtype
         and inputs.shape.rank is not None
         and inputs.shape.rank >= 2

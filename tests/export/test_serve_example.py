@@ -91,7 +91,7 @@ def test_rows_and_columns(served):
         ("digits:predict", {"instances": [[["a"]]]}, 400, 'JSON Value: "a" of image is not of expected type: float32'),
         ("digits:predict", {"instances": [[1.0], [1.0, 2.0]]}, 400, "Encountered list at unexpected size"),
         ("digits:predict", {"instances": [{"picture": 1}]}, 400, "does not have named input: picture"),
-        ("digits:predict", {"inputs": [[1.0]]}, 400, ""),
+        ("digits:predict", {"inputs": [[1.0]]}, 400, "image has the shape (1, 1), expected (None, 8, 8, 1)"),
         ("digits:predict", {"signature_name": "x", "inputs": [1.0]}, 400, "Serving signature name: 'x' not found"),
         ("other:predict", {"instances": [1.0]}, 404, "Servable not found for request: Latest(other)"),
         ("digits/versions/7:predict", {"instances": [1.0]}, 404, "Specific(digits, 7)"),

@@ -103,13 +103,15 @@ def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch):
     assert taken == ([expected] if expected and dtype == "bfloat16" else [])
 
 
-def test_what_is_no_training_step_is_keras_graph():
-    """So that an export holds what Keras's layer would."""
-    ours, stock = (kind(2, 1, use_bias=False) for kind in (layers.Conv2D, keras.layers.Conv2D))
-    x = tf.ones((2, 5, 4, 3))
+@pytest.mark.parametrize("name", ["pointwise", "small", "depthwise, 5"])
+def test_what_is_no_training_step_is_keras_graph(name):
+    """So that an export holds what Keras's layer would: TensorFlow ends the process over a convolution fused with its
+    bias where an input has the wrong rank."""
+    layers_ = CASES[name].ours(), CASES[name].stock()
+    x = tf.ones(CASES[name].shapes[0])
     operations = [
         [operation.type for operation in tf.function(layer).get_concrete_function(x).graph.get_operations()]
-        for layer in (ours, stock)
+        for layer in layers_
         if layer(x) is not None
     ]
     assert operations[0] == operations[1]
