@@ -201,7 +201,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(results["groups"])), [group["name"].partition(",")[0] for group in results["groups"]])
     axes.tick_params(axis="x", labelrotation=20)
     axes.set_ylabel("times as fast as\nstock Keras in float32")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=len(shown), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
