@@ -234,7 +234,7 @@ def test_delicate_layers_become_ours_and_the_last_one_answers_in_float32():
     ours = keras_mp.layers
     assert {ours.LSTM, ours.LSTMCell, ours.GRU, ours.RNN, ours.MultiHeadAttention, ours.Head} <= kinds
     dense = next(layer for layer in mixed.layers if getattr(layer, "activation", None) is keras_mp.activations.silu)
-    assert type(dense) is layers.Dense
+    assert type(dense) is keras_mp.layers.Dense
 
 
 def test_shared_layers_stay_shared():
