@@ -128,7 +128,7 @@ def test_convert_writes_the_model_under_the_policy(trained, monkeypatch):
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["1", "LayerNormalization", "keras_mp.LayerNormalization", "float16"],
         ["1", "Doubling", "Doubling", "float16"],
-        ["1", "Dense", "Dense", "float16"],
+        ["1", "Dense", "keras_mp.Dense", "float16"],
         ["1", "Dense", "keras_mp.Head", "float16"],
     ]
     assert "Wrote mixed.keras." in result.output
