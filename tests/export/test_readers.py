@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 TENSORFLOW = pathlib.Path(tf.__file__).parent
 
 # Of the largest value: rounding in the dtype that is multiplied in, summed in another order than Keras's.
-# Absolute where that is below 1, as for probabilities. In bfloat16 two roundings: the matrix units of some CPUs sum in an
+# Absolute where that is below 1, as for probabilities. In bfloat16 two roundings: matrix units of some CPUs sum in an
 # order of their own, and a transformer's logits then differ by four units in the last place of half the largest.
 TOLERANCE = {"float32": 1e-5, "half": 1e-3, "float16": 1e-3, "bfloat16": 1.6e-2}
 
