@@ -50,6 +50,8 @@ class Dense(keras.layers.Dense):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Computes activation(inputs @ kernel + bias); see the class."""
+        if not backend.recording():
+            return super().call(inputs, training=training)
         kernel = tf.convert_to_tensor(self.kernel)
         if not _takes(inputs, kernel):
             return super().call(inputs, training=training)
@@ -93,14 +95,15 @@ class EinsumDense(keras.layers.EinsumDense):
         kernel, rank = tf.convert_to_tensor(self.kernel), inputs.shape.rank
         equation = self.equation if rank is None else _spelled_out(self.equation, rank)
         kept = _kept_axes(equation) if _takes(inputs, kernel) else 0
-        if not kept:
+        bias = self.bias
+        if kept:
+            whole = bias is not None and tuple(bias.shape) == tuple(kernel.shape[rank - kept :])
+            outputs = _affine(inputs, kernel, bias if whole else None, kept)
+            bias = None if whole else bias
+        else:
             outputs = keras.ops.einsum(equation, inputs, kernel)
-            outputs = outputs if self.bias is None else keras.ops.add(outputs, self.bias)
-            return outputs if self.activation is None else self.activation(outputs)
-        whole = self.bias is not None and tuple(self.bias.shape) == tuple(kernel.shape[inputs.shape.rank - kept :])
-        outputs = _affine(inputs, kernel, self.bias if whole else None, kept)
-        if self.bias is not None and not whole:
-            outputs = keras.ops.add(outputs, self.bias)
+        if bias is not None:
+            outputs = keras.ops.add(outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
 
 
