@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -17,6 +17,9 @@ __all__ = ["WeightUpdate", "replaces_variable", "tensorflow_variable", "unscale"
 # function takes as long as a few ops on it.
 _WORTH_COMPILING = 1_000_000
 _WORTH_COMPILING_EACH = 2_000
+
+
+_Gradients: TypeAlias = "Sequence[tf.Tensor | tf.IndexedSlices | None]"
 
 
 class WeightUpdate:
@@ -54,7 +57,7 @@ class WeightUpdate:
 
     def __call__(
         self,
-        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        grads: _Gradients,
         variables: Sequence[keras.Variable],
         scale: tf.Tensor,
         squares: tf.Tensor,
@@ -74,19 +77,17 @@ class WeightUpdate:
             return
         learning_rate = tf.identity(self._optimizer.learning_rate)  # before the update counts its iterations
         pairs = list(zip(grads, variables, strict=True))
-        dense = [pair for pair in pairs if not isinstance(pair[0], tf.IndexedSlices)]
-        if any(gradient is not None for gradient, _ in dense):
-            self._update([gradient for gradient, _ in dense], [variable for _, variable in dense], scale, norm)
+        sparse = [(g, v) for g, v in pairs if isinstance(g, tf.IndexedSlices)]
+        dense = [(g, v) for g, v in pairs if not isinstance(g, tf.IndexedSlices)]
+        if any(g is not None for g, _ in dense):
+            self._update([g for g, _ in dense], [v for _, v in dense], scale, norm)
         else:
             self._optimizer.iterations.assign_add(1)
-        for gradient, variable in pairs:
-            if isinstance(gradient, tf.IndexedSlices):
-                (unscaled,) = self._unscaled([gradient], [variable], scale, norm)
-                update_rows(self._optimizer, unscaled, variable, learning_rate)
+        rows = [v for _, v in sparse]
+        for gradient, variable in zip(self._unscaled([g for g, _ in sparse], rows, scale, norm), rows, strict=True):
+            update_rows(self._optimizer, gradient, variable, learning_rate)
 
-    def _norm(
-        self, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"], variables: Sequence[keras.Variable], squares: Any
-    ) -> tf.Tensor | None:
+    def _norm(self, grads: _Gradients, variables: Sequence[keras.Variable], squares: Any) -> tf.Tensor | None:
         """The norm of all gradients, where it is limited."""
         if not self._clips():
             return None
@@ -97,7 +98,7 @@ class WeightUpdate:
 
     def _update(
         self,
-        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        grads: _Gradients,
         variables: Sequence[keras.Variable],
         scale: tf.Tensor,
         norm: tf.Tensor | None,
@@ -126,7 +127,7 @@ class WeightUpdate:
 
     def _apply(
         self,
-        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        grads: _Gradients,
         variables: Sequence[keras.Variable],
         scale: tf.Tensor,
         norm: tf.Tensor | None,
@@ -141,11 +142,11 @@ class WeightUpdate:
 
     def _unscaled(
         self,
-        grads: "Sequence[tf.Tensor | tf.IndexedSlices | None]",
+        grads: _Gradients,
         variables: Sequence[keras.Variable],
         scale: tf.Tensor,
         norm: tf.Tensor | None,
-    ) -> "list[tf.Tensor | tf.IndexedSlices | None]":
+    ) -> _Gradients:
         """The gradients of the loss itself, with their norm limited."""
         unscaled = [
             g if g is None or replaces_variable(v) else unscale(g, scale) for g, v in zip(grads, variables, strict=True)
@@ -158,9 +159,7 @@ class WeightUpdate:
             for g, v in zip(unscaled, variables, strict=True)
         ]
 
-    def _row_update(
-        self, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"], variables: Sequence[keras.Variable]
-    ) -> "Callable[..., None] | None":
+    def _row_update(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> "Callable[..., None] | None":
         """What updates the rows of sparse gradients alone, if there are any and others would stay as they are."""
         sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
         optimizer = self._optimizer
@@ -207,9 +206,7 @@ class WeightUpdate:
         return ""
 
 
-def _merged(
-    optimizer: keras.optimizers.Optimizer, grads: Sequence["tf.Tensor | tf.IndexedSlices | None"]
-) -> "list[tf.Tensor | tf.IndexedSlices | None]":
+def _merged(optimizer: keras.optimizers.Optimizer, grads: _Gradients) -> _Gradients:
     """The gradients as tensors, for an optimizer that moves the rows without a gradient as well, as momentum does.
 
     Keras's optimizers would take such a gradient apart: of a row that comes twice they add up the squares, where the
