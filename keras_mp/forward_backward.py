@@ -207,7 +207,6 @@ class _State(keras.StatelessScope):
         self.assigned: dict[int, tuple[keras.Variable, tf.Tensor]] = {}
         self._tape = tape if isinstance(tape, tf.GradientTape) else None
         self._leaves: dict[int, list[tf.Tensor]] = {}
-        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._tape is not None:
             for variable in trainable:
                 self._watch(variable, self.state_mapping[id(variable)])
@@ -227,21 +226,18 @@ class _State(keras.StatelessScope):
         """The value of a variable, in the dtype in which it is read.
 
         A weight that a layer reads in 16 bits is a start for gradients in these: cast to float32, they would be written
-        and read once more, before the optimizer computes with them in float32.
+        and read once more, before the optimizer computes with them in float32. What is read inside a loop or another
+        function is none: TensorFlow differentiates these as a whole, and the gradient comes to the value.
         """
         value = super().get_current_value(variable)
         dtype = backend.dtype_as_read(variable)
-        if id(variable) not in self._leaves or dtype not in ("float16", "bfloat16") or not self._is_outermost():
+        if id(variable) not in self._leaves or dtype not in ("float16", "bfloat16"):
             return value
         assert self._tape is not None
         with self._tape.stop_recording():
             cast = tf.cast(value, dtype)
         self._watch(variable, cast)
         return cast
-
-    def _is_outermost(self) -> bool:
-        # No gradient comes out of a loop, or of another function, to what is made inside it.
-        return self._graph is None or self._graph is tf.compat.v1.get_default_graph()
 
     def _watch(self, variable: keras.Variable, value: tf.Tensor) -> None:
         assert self._tape is not None
