@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend, fusion
 
-__all__ = ["gelu", "log_softmax", "mish", "silu", "softmax", "softmax_in_one_pass"]
+__all__ = ["gelu", "hard_silu", "log_softmax", "mish", "silu", "softmax", "softmax_in_one_pass"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -93,6 +93,31 @@ def mish(x: Any) -> Any:
     Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019, https://arxiv.org/abs/1908.08681.
     """
     return _elementwise("mish", x)
+
+
+@keras.saving.register_keras_serializable(package="keras_mp")
+def hard_silu(x: Any) -> Any:
+    """Hard sigmoid linear unit (hard swish), x * min(max(x + 3, 0), 6) / 6, computed in float32.
+
+    A drop-in for `keras.activations.hard_silu`. At -inf the answer is the limit, 0, where stock Keras answers NaN.
+
+    Args:
+        x: tensor of any shape; float16, bfloat16, float32 or float64.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is not of a floating-point dtype.
+
+    Example:
+        >>> import keras_mp
+        >>> float(keras_mp.activations.hard_silu(tf.constant(1.0, "bfloat16")))
+        0.66796875
+
+    Howard et al., "Searching for MobileNetV3", 2019, https://arxiv.org/abs/1905.02244.
+    """
+    return _elementwise("hard_silu", x)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -238,8 +263,20 @@ def _mish() -> tuple[Any, Any]:
     return factor, slope
 
 
+def _hard_silu() -> tuple[Any, Any]:
+    def factor(x: Any) -> Any:
+        return tf.clip_by_value(x + 3, 0, 6) / 6
+
+    return factor, lambda x: tf.where(tf.abs(x) < 3, (2 * x + 3) / 6, factor(x))
+
+
 # For each, functions from its settings to what x is multiplied with, and to the slope of the product.
-_FUNCTIONS: dict[str, Callable[..., tuple[Any, Any]]] = {"gelu": _gelu, "silu": _silu, "mish": _mish}
+_FUNCTIONS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "gelu": _gelu,
+    "silu": _silu,
+    "hard_silu": _hard_silu,
+    "mish": _mish,
+}
 
 
 def _wide(x: Any) -> Any:
@@ -249,13 +286,13 @@ def _wide(x: Any) -> Any:
 def _elementwise_forward(x: Any, *, function: str, **settings: Any) -> Any:
     factor, _ = _FUNCTIONS[function](**settings)
     wide = tf.maximum(_wide(x), -_FAR)
-    return tf.cast(wide * factor(wide), x.dtype)
+    return fusion.rounded(wide * factor(wide), x.dtype)
 
 
 def _elementwise_backward(x: Any, upstream: Any, *, function: str, **settings: Any) -> Any:
     _, slope = _FUNCTIONS[function](**settings)
     wide = tf.minimum(tf.maximum(_wide(x), -_FAR), _FAR)
-    return tf.cast(slope(wide) * _wide(upstream), x.dtype)
+    return fusion.rounded(slope(wide) * _wide(upstream), x.dtype)
 
 
 _elementwise_operation = fusion.operation(_elementwise_forward, _elementwise_backward)

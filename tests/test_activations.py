@@ -11,7 +11,7 @@ from keras_mp import activations
 from tests.layers.contract import assert_close
 
 EVERYWHERE = np.concatenate([np.linspace(-12, 12, 481), [-60000.0, -300.0, -40.0, 40.0, 300.0, 60000.0]])
-NAMES = ("gelu", "gelu, approximate", "silu", "mish")
+NAMES = ("gelu", "gelu, approximate", "silu", "hard_silu", "mish")
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-22, "float64": 1e-12}
 # A factor below the smallest normal number, 2**-126 in float32, may be taken for zero, and is multiplied by |x| < 2**7.
 SMALLEST = {"float16": 2.0**-25, "bfloat16": 2.0**-119, "float32": 2.0**-119, "float64": 1e-290}
@@ -32,6 +32,9 @@ def in_float64(name, x):
         u = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
         s, other = 1 / (1 + math.exp(min(-u, 700))), 1 / (1 + math.exp(min(u, 700)))
         return x * s, s + x * s * other * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    if name == "hard_silu":
+        s = min(max(x + 3, 0), 6) / 6
+        return x * s, (2 * x + 3) / 6 if -3 < x < 3 else s
     s = 1 / (1 + math.exp(min(-x, 700)))
     if name == "silu":
         return x * s, s * (1 + x / (1 + math.exp(min(x, 700))))
@@ -152,7 +155,7 @@ def test_log_softmax_of_large_and_masked_logits():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", ["gelu", "silu", "mish", "softmax", "log_softmax"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "hard_silu", "mish", "softmax", "log_softmax"])
 def test_in_layers_and_files(name, policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     run = getattr(activations, name)
@@ -172,7 +175,7 @@ def test_in_layers_and_files(name, policy, tmp_path):
     assert keras.activations.deserialize(keras.activations.serialize(run)) is run
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "mish", "softmax", "log_softmax"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "hard_silu", "mish", "softmax", "log_softmax"])
 def test_nothing_but_the_16_bit_input_is_kept(name):
     """What the graph's backward part reads from its forward part."""
     kept = []

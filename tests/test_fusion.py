@@ -224,3 +224,24 @@ def test_second_derivatives_where_a_statistic_is_kept(jit_compile):
     assert float(total) == 1.5
     np.testing.assert_allclose(slope, [3.0] * 3)
     np.testing.assert_allclose(curvature, [6.0] * 3)
+
+
+def test_rounding_to_bfloat16_is_the_cast():
+    """Of ties, of what overflows, and of NaN whose bits are all ones, which would carry into the sign."""
+    generator = np.random.default_rng(0)
+    bits = np.concatenate(
+        [
+            generator.integers(0, 2**32, 100_000, dtype=np.uint32),
+            generator.integers(0, 2**16, 20_000, dtype=np.uint32) << 16 | 0x8000,  # ties
+            np.array([0, 0x80000000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0xFF7FFFFF, 1], "uint32"),
+            np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFFC00000], "uint32"),  # NaN
+        ]
+    )
+    # XLA takes subnormal numbers of float32 for zero on a CPU.
+    x = bits.view("float32")
+    x = x[~((np.abs(x) < 2.0**-126) & (x != 0))]
+    rounded = fusion.fusible(lambda x: fusion.rounded(x, "bfloat16"))(True)(tf.constant(x))
+    expected = tf.cast(x, "bfloat16")
+    assert rounded.dtype == expected.dtype
+    np.testing.assert_array_equal(tf.cast(rounded, "float32"), tf.cast(expected, "float32"))
+    assert np.isnan(x).sum() > 100
