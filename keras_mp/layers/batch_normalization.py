@@ -108,15 +108,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         channels = x.shape[-1]
         # The kernel takes rank 4. The elements stand in its second axis, as cuDNN limits the size of the first.
         images = x if len(x.shape) == 4 else tf.reshape(x, [1, -1, 1, channels])
-        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=images,
-            scale=keras.ops.cast(self.gamma, "float32") if self.scale else tf.ones([channels]),
-            offset=keras.ops.cast(self.beta, "float32") if self.center else tf.zeros([channels]),
-            mean=tf.zeros([0]) if by_batch else keras.ops.cast(self.moving_mean, "float32"),
-            variance=tf.zeros([0]) if by_batch else keras.ops.cast(self.moving_variance, "float32"),
-            epsilon=self.epsilon,
-            is_training=by_batch,
+        weights = (
+            keras.ops.cast(self.gamma, "float32") if self.scale else tf.ones([channels]),
+            keras.ops.cast(self.beta, "float32") if self.center else tf.zeros([channels]),
         )
+        moving = [] if by_batch else [keras.ops.cast(m, "float32") for m in (self.moving_mean, self.moving_variance)]
+        kernel = _kernel_in_float32 if _is_faster_in_float32(x) else _kernel
+        outputs, mean, variance, *_ = kernel(images, *weights, *moving, epsilon=self.epsilon)
         if len(x.shape) != 4:
             outputs = tf.ensure_shape(tf.reshape(outputs, tf.shape(x)), x.shape)
         # The kernel divides by n - 1 (by 1 where n is 1) for the variance it answers; Keras moves by that of n.
@@ -194,3 +192,44 @@ class BatchNormalization(keras.layers.BatchNormalization):
             old = keras.ops.cast(moving, statistic.dtype)
             new = old * self.momentum + statistic * (1.0 - self.momentum)
             moving.assign(tf.where(finite, new, old))
+
+
+def _is_faster_in_float32(x: tf.Tensor) -> bool:
+    """Whether the fused kernel is faster in float32, casts and all.
+
+    oneDNN's for bfloat16 takes sixteen channels at a time, and several times as long where some are left over.
+    """
+    return bool(x.dtype == tf.bfloat16 and x.shape[-1] % 16 and backend.on_cpu())
+
+
+def _kernel(images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *moving: tf.Tensor, epsilon: float) -> Any:
+    """TensorFlow's fused kernel: outputs, mean, variance, and what its gradient wants to get."""
+    mean, variance = moving or [tf.zeros([0])] * 2
+    return tf.raw_ops.FusedBatchNormV3(
+        x=images, scale=gamma, offset=beta, mean=mean, variance=variance, epsilon=epsilon, is_training=not moving
+    )
+
+
+def _kernel_in_float32(images: tf.Tensor, *weights: tf.Tensor, epsilon: float) -> Any:
+    """The same in float32, of which 16 bits alone are kept for the backward pass."""
+
+    @tf.custom_gradient
+    def normalize(images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *moving: tf.Tensor) -> Any:
+        outputs, mean, variance, *reserved = _kernel(tf.cast(images, tf.float32), gamma, beta, *moving, epsilon=epsilon)
+
+        def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> Any:
+            to_images, to_gamma, to_beta, *_rest = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=tf.cast(upstream, tf.float32),
+                x=tf.cast(images, tf.float32),
+                scale=gamma,
+                reserve_space_1=moving[0] if moving else reserved[0],
+                reserve_space_2=moving[1] if moving else reserved[1],
+                reserve_space_3=reserved[2],
+                epsilon=epsilon,
+                is_training=not moving,
+            )
+            return tf.cast(to_images, images.dtype), to_gamma, to_beta, *[None for _ in moving]
+
+        return (tf.cast(outputs, images.dtype), mean, variance), gradient
+
+    return normalize(images, *weights)

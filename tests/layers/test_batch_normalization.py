@@ -94,14 +94,39 @@ def ops_of(layer, x, **call):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("shape", [(8, 5), (4, 3, 5), (4, 3, 2, 5), (2, 2, 2, 2, 5)])
+@pytest.mark.parametrize("shape", [(8,), (4, 3), (4, 3, 2), (2, 2, 2, 2)])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_normalization_is_one_fused_op_for_every_rank(shape, training, policy):
     layer = layers.BatchNormalization(dtype=policy)
-    ops = ops_of(layer, tf.zeros(shape, layer.compute_dtype), training=training)
+    ops = ops_of(layer, tf.zeros((*shape, 16), layer.compute_dtype), training=training)
     assert [op.type for op in ops].count("FusedBatchNormV3") == 1
     # No cast of a whole tensor, only of the count of its elements.
     assert [op for op in ops if op.type == "Cast" and op.outputs[0].shape.rank] == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "inside"), [(16, "bfloat16"), (24, "float32"), (8, "float32"), (32, "bfloat16")])
+def test_the_fused_op_computes_in_the_dtype_that_is_fast_and_keeps_16_bits(channels, inside, training):
+    layer = layers.BatchNormalization(dtype="mixed_bfloat16")
+    layer.build((4, 3, 2, channels))
+    kept = []
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 3, 2, channels), "bfloat16")])
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training)
+        before = set(tf.compat.v1.get_default_graph().get_operations())
+        gradient = tape.gradient(y, x)
+        after = [op for op in tf.compat.v1.get_default_graph().get_operations() if op not in before]
+        kept.extend(tensor for op in after for tensor in op.inputs if tensor.op in before)
+        return y, gradient
+
+    function = step.get_concrete_function()
+    kernels = [op for op in function.graph.get_operations() if op.type in ("FusedBatchNormV3", "FusedBatchNormGradV3")]
+    assert [op.inputs[0].dtype.name for op in kernels] == [inside] * 2
+    assert function.output_dtypes == (tf.bfloat16, tf.bfloat16)
+    assert {tensor.dtype for tensor in kept if tensor.shape == (4, 3, 2, channels)} == {tf.bfloat16}
 
 
 @pytest.mark.parametrize(
