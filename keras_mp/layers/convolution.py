@@ -1,10 +1,14 @@
 """Convolutions whose gradients to the kernel do not fall off the cliffs of 16-bit kernels on a CPU.
 
 oneDNN computes the gradient to a kernel by parts of rows, which it fills up to 32 pixels in bfloat16: of an image eight
-pixels wide, three quarters of the work are zeros, and float32 is as fast. Where the kernel is one pixel large or the
-image is small, a matrix product is faster; where a depthwise kernel is larger than 3 x 3, several kernels of 3 x 3 are,
-for which alone there is fast code. Forward pass and gradient to the input are TensorFlow's, and so is all on a GPU or
-TPU, in XLA, in float16 and in what is no training step.
+pixels wide, three quarters of the work are zeros, and float32 is as fast. Where the image is small, a matrix product is
+faster; where a depthwise kernel is larger than 3 x 3, several kernels of 3 x 3 are, for which alone there is fast code.
+The gradient to the input of a depthwise convolution with strides has fast code in float32 alone. Forward pass and other
+gradients to the input are TensorFlow's, and so is all on a GPU or TPU, in XLA, in float16 and in what is no training
+step.
+
+Keras hands every convolution in groups to XLA, which on a CPU takes eighty times as long as TensorFlow's depthwise
+convolution. Where each channel is a group of its own, as in ConvNeXt, it is a depthwise convolution here.
 """
 
 import functools
@@ -25,6 +29,9 @@ __all__ = ["Conv2D", "DepthwiseConv2D"]
 _SMALL = 14
 # The same where the kernel moves by several pixels: 8: 13 and 8, 16: 10 and 20; in float32 8: 12 and 21.
 _SMALL_STRIDED = 8
+# The same for a kernel of one pixel, on two cores with AVX512-BF16: 112: 1.7 and 4.0 of 16 channels, 56: 4.2 and 5.0 of
+# 64, 28: 3.9 and 3.6 of 512, 14: 2.9 and 2.5 of 1,024.
+_SMALL_POINTWISE = 28
 _TILE = 3
 
 # From inputs and the gradient to the outputs to the gradient to the kernel.
@@ -36,8 +43,9 @@ class Conv2D(keras.layers.Conv2D):
     """2D convolution whose gradient to the kernel is, on a CPU, a matrix product where that was seen to be faster.
 
     A drop-in for `keras.layers.Conv2D`, with the same arguments, weights and numbers. The gradient to the kernel is a
-    matrix product where the kernel is one pixel large or the output at most 14 pixels wide, as in the later stages of
-    networks for images.
+    matrix product where the output is at most 14 pixels wide, or 28 for a kernel of one pixel, as in the later stages
+    of networks for images. With as many groups as the input has channels, it is a depthwise convolution on a CPU, as in
+    `keras_mp.layers.DepthwiseConv2D`.
 
     Args:
         filters: int, number of channels of the output.
@@ -73,10 +81,12 @@ class Conv2D(keras.layers.Conv2D):
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
         """The convolution without bias and activation; see the class."""
         convolve, kernel = super().convolution_op, tf.convert_to_tensor(kernel)
+        if _is_depthwise(self, inputs):
+            return _depthwise(self, inputs, tf.reshape(kernel, [*self.kernel_size, self.groups, -1]))
         if self.groups != 1 or not _differs(self, inputs, kernel):
             return convolve(inputs, kernel)
         outputs = self.compute_output_shape(tuple(inputs.shape))
-        if self.kernel_size == (1, 1):
+        if self.kernel_size == (1, 1) and outputs[2] <= _SMALL_POINTWISE:
             to_kernel: _KernelGradient = functools.partial(_pointwise, strides=self.strides)
         elif self.strides == (1, 1) and outputs[2] <= _SMALL:
             to_kernel = functools.partial(_by_offsets, size=self.kernel_size, padding=self.padding)
@@ -95,10 +105,11 @@ class Conv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """2D convolution of each channel by itself, with a fast gradient to kernels larger than 3 x 3 on a CPU.
+    """2D convolution of each channel by itself, with gradients that are fast in bfloat16 on a CPU.
 
-    A drop-in for `keras.layers.DepthwiseConv2D`, with the same arguments, weights and numbers. The gradient to such a
-    kernel is put together of those to kernels of 3 x 3.
+    A drop-in for `keras.layers.DepthwiseConv2D`, with the same arguments, weights and numbers. The gradient to a kernel
+    larger than 3 x 3 is put together of those to kernels of 3 x 3, and that to the input is computed in float32 where
+    there are strides.
 
     Args:
         kernel_size: int or tuple of 2 ints.
@@ -128,22 +139,14 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
     def call(self, inputs: Any) -> Any:
         """Convolves; see the class."""
-        if max(self.kernel_size) <= _TILE or not backend.recording():
+        if not backend.recording():
             return super().call(inputs)
         kernel = tf.convert_to_tensor(self.kernel)
-        if not _differs(self, inputs, kernel):
-            return super().call(inputs)
-        strides, padding = (1, *self.strides, 1), self.padding.upper()
-
-        def convolve(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-            return tf.nn.depthwise_conv2d(inputs, kernel, strides, padding)
-
-        def to_inputs(kernel: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-            return tf.nn.depthwise_conv2d_backprop_input(tf.shape(inputs), kernel, upstream, strides, padding)
-
-        to_kernel = functools.partial(_by_tiles, kernel=tuple(kernel.shape), strides=self.strides, padding=self.padding)
-        outputs = _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
-        return _finished(self, outputs)
+        return (
+            _finished(self, _depthwise(self, inputs, kernel))
+            if _differs(self, inputs, kernel)
+            else super().call(inputs)
+        )
 
 
 def _finished(layer: Any, outputs: tf.Tensor) -> tf.Tensor:
@@ -167,6 +170,45 @@ def _differs(layer: Any, inputs: Any, kernel: Any) -> bool:
         and backend.on_cpu()
         and not backend.in_xla_context()
     )
+
+
+def _is_depthwise(layer: Any, inputs: Any) -> bool:
+    """Whether a convolution in groups is one of each channel by itself, which TensorFlow's operation can compute."""
+    return (
+        layer.groups > 1
+        and isinstance(inputs, tf.Tensor)
+        and inputs.shape.rank == 4
+        and layer.data_format == "channels_last"
+        and inputs.shape[-1] == layer.groups
+        and len(set(layer.strides)) == 1
+        and math.prod(layer.dilation_rate) == 1
+        and backend.on_cpu()
+        and not backend.in_xla_context()
+    )
+
+
+def _depthwise(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The depthwise convolution with a kernel of shape (height, width, channels, multiplier)."""
+    strides, padding = (1, *layer.strides, 1), layer.padding.upper()
+    has_strides, dtype, size = math.prod(layer.strides) > 1, inputs.dtype, tuple(kernel.shape)
+
+    def convolve(inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        return tf.nn.depthwise_conv2d(inputs, kernel, strides, padding)
+
+    def to_inputs(kernel: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+        if has_strides:
+            kernel, upstream = tf.cast(kernel, tf.float32), tf.cast(upstream, tf.float32)
+        gradient = tf.nn.depthwise_conv2d_backprop_input(tf.shape(inputs), kernel, upstream, strides, padding)
+        return tf.cast(gradient, dtype)
+
+    def to_kernel(inputs: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+        if max(size[:2]) > _TILE and (dtype == tf.bfloat16 or not has_strides):
+            return _by_tiles(inputs, upstream, size, layer.strides, layer.padding)
+        return tf.nn.depthwise_conv2d_backprop_filter(inputs, size, upstream, strides, padding)
+
+    if not _differs(layer, inputs, kernel):
+        return convolve(inputs, kernel)
+    return _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
 
 
 def _convolved(

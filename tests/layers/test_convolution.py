@@ -1,5 +1,7 @@
 """Convolutions: the contract, and gradients to the kernel against TensorFlow's own, with second derivatives."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -30,6 +32,10 @@ CASES = {
     "depthwise, 5": case("DepthwiseConv2D", (2, 5, 6, 3), 5, padding="same", activation="relu"),
     "depthwise, 7, strides": case("DepthwiseConv2D", (2, 9, 8, 3), 7, strides=2, padding="same"),
     "depthwise, uneven, valid": case("DepthwiseConv2D", (2, 6, 9, 3), (2, 5), use_bias=False),
+    "depthwise, 3, strides": case("DepthwiseConv2D", (2, 7, 6, 3), 3, strides=2, padding="same"),
+    "a group a channel": case("Conv2D", (2, 6, 7, 3), 6, 5, groups=3, padding="same", activation="relu"),
+    "a group a channel, strides": case("Conv2D", (2, 7, 6, 3), 3, 3, groups=3, strides=2, use_bias=False),
+    "two channels a group": case("Conv2D", (2, 5, 6, 4), 6, 3, groups=2),
     "depthwise, multiplier": case("DepthwiseConv2D", (2, 6, 7, 3), (4, 1), depth_multiplier=2, padding="same"),
 }
 
@@ -83,6 +89,8 @@ def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
         ("wide", None),
         ("dilation", None),
         ("depthwise, 3", None),
+        ("a group a channel", "_by_tiles"),
+        ("two channels a group", None),
         ("depthwise, 5", "_by_tiles"),
     ],
 )
@@ -115,3 +123,46 @@ def test_what_is_no_training_step_is_keras_graph(name):
         if layer(x) is not None
     ]
     assert operations[0] == operations[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_group_a_channel_is_a_depthwise_convolution(dtype, training):
+    """Keras has XLA compile it, which is slow on a CPU, and which TensorFlow Serving refuses."""
+    found = []
+    for layer in (CASES["a group a channel"].ours(), CASES["a group a channel"].stock()):
+        layer.build(CASES["a group a channel"].shapes[0])
+
+        def step(x, layer=layer):
+            with tf.GradientTape() if training else contextlib.nullcontext():
+                return layer(x)
+
+        graph = (
+            tf.function(step).get_concrete_function(tf.TensorSpec(CASES["a group a channel"].shapes[0], dtype)).graph
+        )
+        found.append({operation.type for operation in graph.get_operations()})
+    assert "DepthwiseConv2dNative" in found[0]
+    assert not {kind for kind in found[0] if "Call" in kind}
+    assert {kind for kind in found[1] if "Call" in kind}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("depthwise, 3", "bfloat16"), ("depthwise, 3, strides", "float32"), ("a group a channel, strides", "float32")],
+)
+def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, expected):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    layer = CASES[name].ours()
+    (shape,) = CASES[name].shapes
+    layer.build(shape)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.gradient(y, x)
+
+    function = tf.function(step).get_concrete_function(tf.TensorSpec(shape, "bfloat16"))
+    gradients = [each for each in function.graph.get_operations() if each.type == "DepthwiseConv2dNativeBackpropInput"]
+    assert [each.outputs[0].dtype.name for each in gradients] == [expected]
+    assert function.output_dtypes == tf.bfloat16
