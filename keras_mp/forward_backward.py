@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend, distribution
+from keras_mp.layers import Embedding
 
 __all__ = ["ForwardBackward", "Pass"]
 
@@ -77,11 +78,13 @@ class ForwardBackward:
             share: scalar, this replica's share of the batch's rows; None without other replicas.
             only_outputs: whether to compute no loss.
         """
-        values = [tf.convert_to_tensor(variable.value) for variable in self._variables()]
+        compiles = jit_compile and not backend.in_xla_context() and not tf.executing_eagerly()
+        tables = set() if compiles or backend.in_xla_context() or tf.distribute.has_strategy() else self._tables()
+        values = [v.value if id(v) in tables else tf.convert_to_tensor(v.value) for v in self._variables()]
         seeds = _replica_seed()
         arguments = (x, y, sample_weight, values, seeds, scale, share)
         settings: dict[str, Any] = {"training": training, "only_outputs": only_outputs}
-        if jit_compile and not backend.in_xla_context() and not tf.executing_eagerly():
+        if compiles:
             if self._talks_to_other_replicas():
                 # What lies between the collectives is compiled, the collectives are not.
                 with tf.xla.experimental.jit_scope():
@@ -101,6 +104,11 @@ class ForwardBackward:
     def _variables(self) -> list[keras.Variable]:
         # Metrics that layers or `compute_loss` update are state like any other.
         return list({id(v): v for v in [*self._model.variables, *self._model.metrics_variables]}.values())
+
+    def _tables(self) -> set[int]:
+        """The `id` of each variable of which rows are read, and which is not worth reading as a whole."""
+        layers = [layer for layer in self._model._flatten_layers() if isinstance(layer, Embedding)]
+        return {id(variable) for layer in layers for variable in layer.variables}
 
     def _talks_to_other_replicas(self) -> bool:
         return tf.distribute.has_strategy() and bool(self.synchronized_layers())

@@ -168,7 +168,7 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
     Example:
         >>> import tensorflow as tf
         >>> rounded(tf.constant([1.00390625, 1.01171875]), "bfloat16").numpy().tolist()
-        [1, 1.015625]
+        [1.0, 1.015625]
     """
     if not _on_cpu.get() or x.dtype != tf.float32 or tf.as_dtype(dtype) != tf.bfloat16:
         return tf.cast(x, dtype)

@@ -4,6 +4,7 @@ from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQuery
 from keras_mp.layers.batch_normalization import BatchNormalization
 from keras_mp.layers.convolution import Conv2D, DepthwiseConv2D
 from keras_mp.layers.dense import Dense, EinsumDense
+from keras_mp.layers.embedding import Embedding
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
 from keras_mp.layers.head import Head
@@ -45,6 +46,7 @@ __all__ = [
     "Dense",
     "DepthwiseConv2D",
     "EinsumDense",
+    "Embedding",
     "Float32",
     "GRUCell",
     "GlobalAveragePooling1D",
