@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
-from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, sum_of_squares
+from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
 from keras_mp.policy import needs_loss_scaling, stacklevel
 from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
 
@@ -455,8 +455,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """The whole step on one device, with the gradients of the global batch."""
         state = self._state()
         scale = state.scale if scale is None else scale
-        squares = sum_of_squares(grads)
-        finite = all_finite(grads, squares)
+        squares = sum_of_squares(grads) if self._update.clips_globally else None
+        finite = all_finite(grads, finite_witness(grads) if squares is None else squares)
         tf.cond(finite, lambda: self._update(grads, variables, scale, squares), lambda: None)
         state = self._scaling.update(state, finite, loss_finite)
         self._assign_state(state)

@@ -55,12 +55,18 @@ class WeightUpdate:
         """Whether the update is compiled, and if not, why, as was decided for the latest step that was traced."""
         return f"not compiled: {self._why_not}" if self._why_not else "compiled"
 
+    @property
+    def clips_globally(self) -> bool:
+        """Whether the norm of all gradients is limited in this step, and not that of a sum which is complete later."""
+        limit = self._optimizer.global_clipnorm
+        return limit is not None and limit > 0 and not self._optimizer.gradient_accumulation_steps
+
     def __call__(
         self,
         grads: _Gradients,
         variables: Sequence[keras.Variable],
         scale: tf.Tensor,
-        squares: tf.Tensor,
+        squares: tf.Tensor | None = None,
     ) -> None:
         """Updates the variables.
 
@@ -68,7 +74,7 @@ class WeightUpdate:
             grads: one for each variable, all finite, multiplied by `scale`.
             variables: what to update.
             scale: scalar.
-            squares: scalar, the `sum_of_squares` of `grads`.
+            squares: scalar, the `sum_of_squares` of `grads` where the update `clips_globally`.
         """
         norm = self._norm(grads, variables, squares)
         update_rows = self._row_update(grads, variables)
@@ -87,9 +93,11 @@ class WeightUpdate:
         for gradient, variable in zip(self._unscaled([g for g, _ in sparse], rows, scale, norm), rows, strict=True):
             update_rows(self._optimizer, gradient, variable, learning_rate)
 
-    def _norm(self, grads: _Gradients, variables: Sequence[keras.Variable], squares: Any) -> tf.Tensor | None:
+    def _norm(
+        self, grads: _Gradients, variables: Sequence[keras.Variable], squares: tf.Tensor | None
+    ) -> tf.Tensor | None:
         """The norm of all gradients, where it is limited."""
-        if not self._clips():
+        if squares is None:
             return None
         counted = [None if replaces_variable(v) else g for g, v in zip(grads, variables, strict=True)]
         if any(map(replaces_variable, variables)):
@@ -176,11 +184,6 @@ class WeightUpdate:
         if not sparse or touches_all or backend.in_xla_context():
             return None
         return _ROW_UPDATES.get(type(optimizer))
-
-    def _clips(self) -> bool:
-        """Whether the norm of all gradients is limited in this step, and not that of a sum which is complete later."""
-        limit = self._optimizer.global_clipnorm
-        return limit is not None and limit > 0 and not self._optimizer.gradient_accumulation_steps
 
     def _why_not_compiled(self, grads: Sequence[Any], variables: Sequence[keras.Variable]) -> str:
         """Why XLA does not compile the update of these weights; empty if it does."""

@@ -149,8 +149,11 @@ def test_constants_out_of_range_are_refused_in_words(arguments, message):
         LossScaling(**arguments)
 
 
-def finite(gradients):
-    return loss_scale.all_finite(gradients, loss_scale.sum_of_squares(gradients))
+WITNESSES = {"squares": loss_scale.sum_of_squares, "plain": loss_scale.finite_witness}
+
+
+def finite(gradients, witness):
+    return loss_scale.all_finite(gradients, WITNESSES[witness](gradients))
 
 
 FINITE_CASES = {
@@ -162,6 +165,8 @@ FINITE_CASES = {
     "nan": ([[1.0], [math.nan, 2.0]], "float32", False),
     "inf": ([[1.0], [math.inf]], "float16", False),
     "negative inf": ([[-math.inf], [1.0]], "bfloat16", False),
+    "inf beside negative inf": ([[math.inf, -math.inf]], "bfloat16", False),
+    "nan in bfloat16": ([[1.0] * 999 + [math.nan]], "bfloat16", False),
     "inf beside a large finite one": ([[3.4e38], [math.inf]], "float32", False),
     "empty": ([[]], "float32", True),
     "none": ([], "float32", True),
@@ -169,19 +174,32 @@ FINITE_CASES = {
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize("witness", WITNESSES)
 @pytest.mark.parametrize("case", FINITE_CASES)
-def test_finiteness(case, compiled):
+def test_finiteness(case, witness, compiled):
     values, dtype, expected = FINITE_CASES[case]
     gradients = [tf.constant(value, dtype) for value in values]
-    check = tf.function(lambda *g: finite(g), jit_compile=compiled)
+    check = tf.function(lambda *g: finite(g, witness), jit_compile=compiled)
     assert bool(check(*gradients)) is expected
 
 
-def test_finiteness_looks_into_sparse_gradients_and_passes_over_none():
-    bad = tf.IndexedSlices(tf.constant([[1.0, math.nan]]), tf.constant([2]), tf.constant([3, 2]))
-    good = tf.IndexedSlices(tf.constant([[1.0, 2.0]]), tf.constant([2]), tf.constant([3, 2]))
-    assert not bool(finite([None, bad]))
-    assert bool(finite([None, good]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("witness", WITNESSES)
+def test_finiteness_looks_into_sparse_gradients_and_passes_over_none(witness, dtype):
+    bad = tf.IndexedSlices(tf.constant([[1.0, math.nan]], dtype), tf.constant([2]), tf.constant([3, 2]))
+    good = tf.IndexedSlices(tf.constant([[1.0, 2.0]], dtype), tf.constant([2]), tf.constant([3, 2]))
+    assert not bool(finite([None, bad], witness))
+    assert bool(finite([None, good], witness))
+
+
+def test_bfloat16_is_looked_at_as_it_is():
+    """A float32 copy of all gradients takes longer than the rest of the look."""
+    found = []
+    for witness in WITNESSES.values():
+        function = tf.function(lambda g, witness=witness: witness([g]))
+        operations = function.get_concrete_function(tf.TensorSpec((8, 4), "bfloat16")).graph.get_operations()
+        found.append([each for each in operations if each.type == "Cast" and each.outputs[0].shape == (8, 4)] != [])
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize(
