@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["fusible", "held", "largest", "mean", "operation", "pays", "rounded", "total"]
+__all__ = ["fusible", "held", "largest", "mean", "not_before", "operation", "pays", "rounded", "total"]
 
 # Whether what is traced now is being compiled on its own, for a CPU.
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
@@ -199,6 +199,24 @@ def held(whole: bool, *tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
         tensors: what is kept.
     """
     return tuple(backend.optimization_barrier(tensor) for tensor in tensors) if whole else tensors
+
+
+def not_before(upstream: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """A tensor of the forward pass, for a backward pass that makes larger ones of it.
+
+    TensorFlow runs an op as soon as what it gets is there: casts and slices of nothing but the forward pass's tensors
+    run in the forward pass, and all of them wait in memory for the backward pass. It also takes two equal casts for
+    one.
+
+    Args:
+        upstream: a gradient that the backward pass gets.
+        x: of any shape and dtype.
+
+    Returns:
+        `x`, once `upstream` is there.
+    """
+    with tf.control_dependencies([upstream]):
+        return tf.identity(x)
 
 
 def _as_rounded(whole: bool, gradient: Any) -> Any:

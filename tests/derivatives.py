@@ -22,3 +22,49 @@ def with_two_derivatives(function, jit_compile):
         return *answers, slope, second.gradient(slope, x)
 
     return derivatives
+
+
+def early_operations(layer, shape, dtype, **call):
+    """The types of the ops that make images in the backward pass without the gradient that comes to it.
+
+    TensorFlow runs them in the forward pass, and keeps what they make until the backward pass.
+
+    Args:
+        layer: from images to images, built.
+        shape: of its input, (batch, height, width, channels).
+        dtype: of its input.
+        **call: what else it is called with.
+    """
+    found = []
+
+    @tf.function(autograph=False)
+    def step(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, **call)
+        graph = tf.compat.v1.get_default_graph()
+        before = set(graph.get_operations())
+        gradients = tape.gradient(y, [x, *layer.trainable_variables], upstream)
+        for operation in graph.get_operations():
+            # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them.
+            computes = operation not in before and operation.type != "Const"
+            makes_images = any(len(t.shape or []) == 4 and t.shape[0] == shape[0] for t in operation.outputs)
+            if computes and makes_images and not _depends_on(operation, upstream.op):
+                found.append(operation.type)
+        return gradients
+
+    outputs = layer.compute_output_shape(shape)
+    step.get_concrete_function(tf.TensorSpec(shape, dtype), tf.TensorSpec(outputs, dtype))
+    return found
+
+
+def _depends_on(operation, event):
+    seen, open_ = set(), [operation]
+    while open_:
+        current = open_.pop()
+        if current is event:
+            return True
+        if current not in seen:
+            seen.add(current)
+            open_ += [*(tensor.op for tensor in current.inputs), *current.control_inputs]
+    return False

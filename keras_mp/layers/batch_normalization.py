@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, fusion
 from keras_mp.layers.normalization import normalize_with_statistics
 
 __all__ = ["BatchNormalization"]
@@ -220,7 +220,7 @@ def _kernel_in_float32(images: tf.Tensor, *weights: tf.Tensor, epsilon: float) -
         def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> Any:
             to_images, to_gamma, to_beta, *_rest = tf.raw_ops.FusedBatchNormGradV3(
                 y_backprop=tf.cast(upstream, tf.float32),
-                x=tf.cast(images, tf.float32),
+                x=tf.cast(fusion.not_before(upstream, images), tf.float32),
                 scale=gamma,
                 reserve_space_1=moving[0] if moving else reserved[0],
                 reserve_space_2=moving[1] if moving else reserved[1],

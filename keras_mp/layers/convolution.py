@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, fusion
 from keras_mp.layers.dense import add_bias
 
 __all__ = ["Conv2D", "DepthwiseConv2D"]
@@ -222,7 +222,10 @@ def _convolved(
 
     @tf.custom_gradient
     def run(inputs: tf.Tensor, kernel: tf.Tensor) -> Any:
-        return convolve(inputs, kernel), lambda upstream: (to_inputs(kernel, upstream), to_kernel(inputs, upstream))
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return to_inputs(kernel, upstream), to_kernel(fusion.not_before(upstream, inputs), upstream)
+
+        return convolve(inputs, kernel), gradient
 
     return run(inputs, kernel)
 

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
+from tests.derivatives import early_operations
 from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
 
 MASK = np.array([[True, False, True, True, False], [True, True, True, False, False]])
@@ -127,6 +128,14 @@ def test_the_fused_op_computes_in_the_dtype_that_is_fast_and_keeps_16_bits(chann
     assert [op.inputs[0].dtype.name for op in kernels] == [inside] * 2
     assert function.output_dtypes == (tf.bfloat16, tf.bfloat16)
     assert {tensor.dtype for tensor in kept if tensor.shape == (4, 3, 2, channels)} == {tf.bfloat16}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [16, 24])
+def test_no_image_is_cast_before_the_gradient_comes(channels, training):
+    layer = layers.BatchNormalization(dtype="mixed_bfloat16")
+    layer.build((4, 3, 2, channels))
+    assert early_operations(layer, (4, 3, 2, channels), "bfloat16", training=training) == []
 
 
 @pytest.mark.parametrize(

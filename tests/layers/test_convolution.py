@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.layers import convolution
+from tests.derivatives import early_operations
 from tests.layers.contract import POLICIES, Case, check_contract
 
 
@@ -166,3 +167,12 @@ def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, e
     gradients = [each for each in function.graph.get_operations() if each.type == "DepthwiseConv2dNativeBackpropInput"]
     assert [each.outputs[0].dtype.name for each in gradients] == [expected]
     assert function.output_dtypes == tf.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype):
+    keras.config.set_dtype_policy("float32" if dtype == "float32" else f"mixed_{dtype}")
+    layer = CASES[name].ours()
+    layer.build(CASES[name].shapes[0])
+    assert early_operations(layer, CASES[name].shapes[0], dtype) == []
