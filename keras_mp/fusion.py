@@ -277,7 +277,8 @@ def operation(
 
             def gradient(*upstream: tf.Tensor) -> Any:
                 slopes = upstream[:1] if keeps_statistics else upstream
-                gradients = backward_of(fused)(*held(whole, *kept), *slopes, **settings)
+                there = held(whole, *kept) if fused or whole else [not_before(slopes[0], each) for each in kept]
+                gradients = backward_of(fused)(*there, *slopes, **settings)
                 return tf.nest.map_structure(lambda g: _as_rounded(whole, g), gradients)
 
             return outputs, gradient

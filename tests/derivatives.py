@@ -24,7 +24,7 @@ def with_two_derivatives(function, jit_compile):
     return derivatives
 
 
-def early_operations(layer, shape, dtype, **call):
+def early_operations(layer, shape, dtype, known=True, **call):
     """The types of the ops that make images in the backward pass without the gradient that comes to it.
 
     TensorFlow runs them in the forward pass, and keeps what they make until the backward pass.
@@ -33,6 +33,7 @@ def early_operations(layer, shape, dtype, **call):
         layer: from images to images, built.
         shape: of its input, (batch, height, width, channels).
         dtype: of its input.
+        known: whether the graph knows height and width.
         **call: what else it is called with.
     """
     found = []
@@ -47,14 +48,15 @@ def early_operations(layer, shape, dtype, **call):
         gradients = tape.gradient(y, [x, *layer.trainable_variables], upstream)
         for operation in graph.get_operations():
             # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them.
-            computes = operation not in before and operation.type != "Const"
+            computes = operation not in before and operation.type not in ("Const", "ZerosLike")
             makes_images = any(len(t.shape or []) == 4 and t.shape[0] == shape[0] for t in operation.outputs)
             if computes and makes_images and not _depends_on(operation, upstream.op):
                 found.append(operation.type)
         return gradients
 
-    outputs = layer.compute_output_shape(shape)
-    step.get_concrete_function(tf.TensorSpec(shape, dtype), tf.TensorSpec(outputs, dtype))
+    shapes = (shape, layer.compute_output_shape(shape))
+    shapes = [each if known else (each[0], None, None, each[3]) for each in shapes]
+    step.get_concrete_function(*(tf.TensorSpec(each, dtype) for each in shapes))
     return found
 
 

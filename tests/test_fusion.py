@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import activations, fusion, layers
-from tests.derivatives import with_two_derivatives
+from tests.derivatives import early_operations, with_two_derivatives
 
 REDUCTIONS = {"total": (fusion.total, np.sum), "mean": (fusion.mean, np.mean), "largest": (fusion.largest, np.max)}
 SHAPES = {
@@ -245,3 +245,11 @@ def test_rounding_to_bfloat16_is_the_cast():
     assert rounded.dtype == expected.dtype
     np.testing.assert_array_equal(tf.cast(rounded, "float32"), tf.cast(expected, "float32"))
     assert np.isnan(x).sum() > 100
+
+
+@pytest.mark.parametrize("name", ["LayerNormalization", "RMSNormalization", "UnitNormalization"])
+def test_where_sizes_are_not_known_no_copy_is_made_before_the_gradient_comes(name):
+    """TensorFlow would take the cast to float32 of both passes for one, and keep what it makes."""
+    layer = getattr(layers, name)(dtype="mixed_bfloat16")
+    layer.build((2, 3, 4, 8))
+    assert early_operations(layer, (2, 3, 4, 8), "bfloat16", known=False) == []
