@@ -4,7 +4,9 @@ Each workload of `benchmarks.workloads` in eight ways: Keras's layers and ours, 
 XLA and without, as `fit` takes a step of a batch that is there. Ours is `keras_mp.Model` with `LossScaleOptimizer`, of
 our layers or, for models of `keras.applications`, of what `convert` makes of them, which in float32 is Keras's layers.
 
-The peak of resident memory is that of a process that takes five steps, less what is resident before it makes its model.
+The peak of resident memory is that of a process that takes five steps, less what is resident before it makes its model:
+weights, the state of the optimizer, compilers and programs, and what grows with the rows of a batch. That last alone is
+what a second process, with twice the rows, needs in addition.
 `python -m benchmarks.training curves` trains each workload for 300 steps, in batches of an eighth of the rows: five
 seeds of stock float32, and the first of them in ours. `python -m benchmarks.training summary` prints the README's table
 and draws its plot from what the others have written.
@@ -111,18 +113,18 @@ def compare_curves(curves: dict[str, Sequence[float]]) -> dict[str, float]:
     """How far ours is from the same seed of stock float32, where five seeds lie.
 
     Args:
-        curves: the losses of a training by names: "stock 0" to "stock 4" for the seeds, and others.
+        curves: the losses of a training by names: "seed 0" to "seed 4" for those of stock float32, and of cases.
 
     Returns:
-        For each other, the largest difference of a mean over ten steps to that of "stock 0", over the spread of the
+        For each case, the largest difference of a mean over ten steps to that of "seed 0", over the spread of the
         seeds there (the largest less the smallest), and beside it, under " at the end", that of the last 50 steps.
     """
     means = {name: _means(values, SEGMENT) for name, values in curves.items()}
-    seeds = np.array([values for name, values in means.items() if name.startswith("stock")])
+    seeds = np.array([values for name, values in means.items() if name.startswith("seed")])
     spreads = seeds.max(0) - seeds.min(0)
     found = {}
     for name, values in means.items():
-        if not name.startswith("stock"):
+        if not name.startswith("seed"):
             differences = np.abs(np.array(values) - seeds[0])
             found[name] = float((differences / spreads).max())
             last = seeds[:, -5:].mean(1)
@@ -159,23 +161,24 @@ def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[s
         curves: as that of the curves.
     """
     columns = [name for name in CASES if name != STOCK_FLOAT32]
-    yield f"| times as fast as stock float32 | {' | '.join(columns)} | memory | loss |"
-    yield f"|---|{'---:|' * (len(columns) + 2)}"
-    memory = results["grids"][0]
-    place, base = (memory["columns"].index(name) for name in (OURS_MIXED, STOCK_FLOAT32))
+    yield f"| times as fast as stock float32 | {' | '.join(columns)} | memory | of rows | loss |"
+    yield f"|---|{'---:|' * (len(columns) + 3)}"
+    grids = results["grids"]
+    place, base = (grids[0]["columns"].index(name) for name in (OURS_MIXED, STOCK_FLOAT32))
     deviations = curves["grids"][0]["rows"]
     for group in results["groups"]:
         ratios = [speedup(group, case, STOCK_FLOAT32) for case in columns]
-        peaks = memory["rows"].get(group["name"])
+        memory = [grid["rows"].get(group["name"]) for grid in grids]
         loss = deviations.get(group["name"].partition(",")[0], [None])[0]
         cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        cells += [f"{peaks[place] / peaks[base]:.2f}" if peaks else "", "" if loss is None else f"{loss:.2f}"]
+        cells += [f"{needs[place] / needs[base]:.2f}" if needs else "" for needs in memory]
+        cells += ["" if loss is None else f"{loss:.2f}"]
         yield f"| {group['name']} | {' | '.join(cells)} |"
     for kind, groups in (("workloads", _groups(results, False)), ("applications", _groups(results, True))):
         if not groups:
             continue
         means = [_geometric_mean([speedup(group, case, STOCK_FLOAT32) for group in groups]) for case in columns]
-        yield f"| geometric mean, {kind} | {' | '.join('' if m is None else f'{m:.2f}' for m in means)} | | |"
+        yield f"| geometric mean, {kind} | {' | '.join('' if m is None else f'{m:.2f}' for m in means)} | | | |"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -258,7 +261,7 @@ def main(
     results = harness.begin("training", loaded)
     earlier = _earlier(output / "training.json") if only else {}
     groups = {group["name"]: group for group in earlier.get("groups", [])}
-    peaks = dict(earlier["grids"][0]["rows"]) if earlier else {}
+    peaks, of_rows = (dict(grid["rows"]) for grid in earlier["grids"]) if earlier else ({}, {})
     every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
     for workload in every:
         if only not in workload.name:
@@ -267,18 +270,23 @@ def main(
         print(f"{heading} ...", file=sys.stderr, flush=True)
         is_application = workload in workloads.APPLICATIONS
         names = [name for name, (_, _, jit_compile) in CASES.items() if xla or not jit_compile or not is_application]
-        peaks[heading] = [
-            None if jit_compile else _peak_in_child(workload, name) for name, (_, _, jit_compile) in CASES.items()
-        ]
+        without_xla = [name for name, (_, _, jit_compile) in CASES.items() if not jit_compile]
+        peaks[heading] = [_peak_in_child(workload, name) for name in without_xla]
+        twice = [_peak_in_child(workload, name, 2) for name in without_xla]
+        of_rows[heading] = [round(more - peak, 1) for more, peak in zip(twice, peaks[heading], strict=True)]
         cases = [make_case(workload, name) for name in names]
         comparisons = [each for each in COMPARISONS if {each.case, *each.against} <= set(names)]
         groups[heading] = harness.as_group(heading, cases, comparisons, rounds, None)
         del cases
         in_order = [_heading(each) for each in every if _heading(each) in groups]
         results["groups"] = [groups[name] for name in in_order]
-        rows = {name: peaks[name] for name in in_order}
-        grid = Grid("Peak of the resident memory of a training process", "MiB", "workload", list(CASES), rows)
-        results["grids"] = [grid.as_json()]
+        results["grids"] = [
+            Grid(title, "MiB", "workload", without_xla, {name: rows[name] for name in in_order}).as_json()
+            for title, rows in (
+                ("Peak of the resident memory of a training process", peaks),
+                ("What a second batch's rows add to the peak", of_rows),
+            )
+        ]
         harness.write(results, output)
     print(harness.table(results))
 
@@ -294,12 +302,10 @@ def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
             continue
         small = dataclasses.replace(workload, batch=max(4, workload.batch // 8))
         print(f"{_heading(small)} ...", file=sys.stderr, flush=True)
-        each = {f"stock {seed}": loss_curve(small, STOCK_FLOAT32, seed, STEPS) for seed in range(SEEDS)}
+        each = {f"seed {seed}": loss_curve(small, STOCK_FLOAT32, seed, STEPS) for seed in range(SEEDS)}
         each |= {name: loss_curve(small, name, 0, STEPS) for name in (STOCK_MIXED, OURS_FLOAT32, OURS_MIXED)}
-        # Its name is none of a seed's.
-        each["mixed_bfloat16, stock"] = each.pop(STOCK_MIXED)
         found[workload.name] = {name: [round(value, 5) for value in values] for name, values in each.items()}
-        columns = [OURS_MIXED, f"{OURS_MIXED} at the end", OURS_FLOAT32, "mixed_bfloat16, stock"]
+        columns = [OURS_MIXED, f"{OURS_MIXED} at the end", OURS_FLOAT32, STOCK_MIXED]
         deviations = {name: compare_curves(each) for name, each in found.items()}
         rows = {name: [each[column] for column in columns] for name, each in deviations.items()}
         name = "Largest difference of the loss to stock float32 of the same seed, by the spread of five seeds"
@@ -317,13 +323,14 @@ def print_summary(output: Output = harness.RESULTS) -> None:
 
 
 @app.command(hidden=True)
-def peak(workload: str, name: str) -> None:
-    """Print what `_peak` finds."""
-    print(_peak(find(workload), name))
+def peak(workload: str, name: str, batches: int) -> None:
+    """Print what `_peak` finds for batches of so many times the rows."""
+    found = find(workload)
+    print(_peak(dataclasses.replace(found, batch=batches * found.batch), name))
 
 
-def _peak_in_child(workload: Workload, name: str) -> float:
-    return round(float(harness.run_module("benchmarks.training", "peak", workload.name, name)), 1)
+def _peak_in_child(workload: Workload, name: str, batches: int = 1) -> float:
+    return round(float(harness.run_module("benchmarks.training", "peak", workload.name, name, str(batches))), 1)
 
 
 def _earlier(path: Path) -> dict[str, Any]:

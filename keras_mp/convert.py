@@ -459,3 +459,26 @@ def _warn(converted: keras.Model, wanted: keras.DTypePolicy, left: Mapping[type,
             messages.append(f"The pattern {pattern!r} matches no layer of {converted.name!r}.{hint}")
     for message in messages:
         warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
+
+
+def _warn_of_slow_convolutions(model: keras.Model) -> None:
+    """Warns of Keras's depthwise convolutions that take longer to train in bfloat16 than in float32 on a CPU."""
+    slow = [
+        path
+        for path, layer in backend.layers_by_path(model).items()
+        if type(layer) is keras.layers.DepthwiseConv2D
+        and layer.compute_dtype == "bfloat16"
+        and (max(layer.strides) > 1 or max(layer.kernel_size) > 3)
+    ]
+    if slow and backend.on_cpu():
+        others = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        warnings.warn(
+            f"{slow[0]!r}{others} in model {model.name!r}: on a CPU, Keras's DepthwiseConv2D takes longer to train in "
+            "bfloat16 than in float32 where it has strides or a kernel larger than 3 x 3. Take "
+            'keras_mp.layers.DepthwiseConv2D, or type model = keras_mp.convert(model, "mixed_bfloat16").',
+            KerasMPWarning,
+            stacklevel=stacklevel(),
+        )
+
+
+backend.call_before_training(_warn_of_slow_convolutions)

@@ -403,7 +403,7 @@ def test_curves_are_those_of_the_seed():
 
 
 def test_curves_are_compared_by_the_spread_of_the_seeds():
-    curves = {"stock 0": [1.0] * 100, "stock 1": [3.0] * 100, "ours": [1.0] * 90 + [2.0] * 10}
+    curves = {"seed 0": [1.0] * 100, "seed 1": [3.0] * 100, "ours": [1.0] * 90 + [2.0] * 10}
     found = training.compare_curves(curves)
     assert found == {"ours": 0.5, "ours at the end": pytest.approx(0.1)}
 
@@ -411,10 +411,13 @@ def test_curves_are_compared_by_the_spread_of_the_seeds():
 def test_the_summary_of_training_is_made_of_the_results():
     names = [training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_FLOAT32, training.OURS_MIXED]
     group = {"name": "MLP, batch 256", "times_ms": dict(zip(names, [[6.0], [3.0], [4.0], [2.0]], strict=True))}
-    peaks = {"columns": list(training.CASES), "rows": {"MLP, batch 256": [100.0, 90.0, 80.0, 60.0, *[None] * 4]}}
+    peaks, of_rows = (
+        {"columns": names, "rows": {"MLP, batch 256": values}}
+        for values in ([100.0, 90.0, 80.0, 60.0], [10.0, 9.0, 8.0, 3.0])
+    )
     curves = {"grids": [{"rows": {"MLP": [0.25, 0.1, 0.2, 0.3]}}]}
-    lines = list(training.summary({"groups": [group], "grids": [peaks]}, curves))
-    assert lines[2] == "| MLP, batch 256 | 2.00 | 1.50 | 3.00 |  |  |  |  | 0.60 | 0.25 |"
+    lines = list(training.summary({"groups": [group], "grids": [peaks, of_rows]}, curves))
+    assert lines[2] == "| MLP, batch 256 | 2.00 | 1.50 | 3.00 |  |  |  |  | 0.60 | 0.30 | 0.25 |"
     assert lines[3].startswith("| geometric mean, workloads | 2.00 | 1.50 | 3.00 |")
 
 

@@ -614,3 +614,28 @@ def test_a_duplicate_is_the_model_as_it_is(wrapper):
     model.fit(x[1], y, verbose=0)
     for value, other in zip(copy.weights, model.weights, strict=True):
         np.testing.assert_array_equal(value, other)
+
+
+@pytest.mark.parametrize(
+    ("layer", "policy", "warned"),
+    [
+        (lambda: keras.layers.DepthwiseConv2D(3, strides=2), "mixed_bfloat16", True),
+        (lambda: keras.layers.DepthwiseConv2D(5), "mixed_bfloat16", True),
+        (lambda: keras.layers.DepthwiseConv2D(3), "mixed_bfloat16", False),
+        (lambda: keras.layers.DepthwiseConv2D(5), "float32", False),
+        (lambda: keras_mp.layers.DepthwiseConv2D(5), "mixed_bfloat16", False),
+    ],
+)
+def test_slow_convolutions_of_keras_are_told_of_before_training(layer, policy, warned):
+    with keras_mp.policy_scope(policy):
+        model = keras.Sequential([keras.Input((8, 8, 2)), layer(), keras.layers.Flatten(), keras.layers.Dense(1)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.compile("sgd", "mse")
+    told = [str(each.message) for each in caught if "takes longer to train in bfloat16" in str(each.message)]
+    assert len(told) == warned
+    if warned:
+        assert "depthwise_conv2d" in told[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            keras_mp.convert(model, "mixed_bfloat16").compile("sgd", "mse")
