@@ -48,6 +48,8 @@ HEADS: dict[str, Any] = {"num_heads": 8, "key_dim": 64}
 SMALL_IMAGE = (16, 28, 28, 64)
 PHOTOGRAPH = (32, 112, 112, 3)
 WORDS = 8192
+CONVOLUTION: dict[str, Any] = {"kernel_size": 3, "padding": "same"}
+LARGE_KERNEL: dict[str, Any] = {"kernel_size": 5, "padding": "same"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,23 @@ WORKLOADS = [
     _layer("UnitNormalization", SEQUENCE),
     _layer("Normalization", SEQUENCE, axis=None, mean=0.1, variance=2.0),
     _layer("BatchNormalization", IMAGE, call=_in_training),
+    _layer("BatchNormalization", (32, 56, 56, 72), name="BatchNormalization, 72 channels", call=_in_training),
     _layer("GroupNormalization", IMAGE, groups=32),
+    _layer("Dense", (2048, 1024), float16=False, units=1024),
+    _layer("Conv2D", (64, 8, 8, 256), name="Conv2D, small images", float16=False, filters=256, **CONVOLUTION),
+    _layer("Conv2D", (16, 7, 7, 2048), name="Conv2D, 1 x 1", float16=False, filters=512, kernel_size=1),
+    _layer(
+        "Conv2D",
+        (8, 56, 56, 64),
+        name="Conv2D, a group a channel",
+        float16=False,
+        filters=64,
+        groups=64,
+        kernel_size=7,
+        padding="same",
+    ),
+    _layer("DepthwiseConv2D", (16, 14, 14, 672), name="DepthwiseConv2D, 5 x 5", float16=False, **LARGE_KERNEL),
+    _layer("DepthwiseConv2D", IMAGE, name="DepthwiseConv2D, strides", float16=False, strides=2, **CONVOLUTION),
     _layer("MultiHeadAttention", ATTENTION, call=_to_itself, **HEADS),
     _layer("MultiHeadAttention", ATTENTION, name="MultiHeadAttention, causal", call=_causally, **HEADS),
     dataclasses.replace(
@@ -147,6 +165,7 @@ WORKLOADS = [
     _layer("Resizing", PHOTOGRAPH, height=224, width=224),
     Workload("gelu", "activations.gelu", (SEQUENCE,), None),
     Workload("silu", "activations.silu", (SEQUENCE,), None),
+    Workload("hard_silu", "activations.hard_silu", (SEQUENCE,), None),
     Workload(
         f"SparseCategoricalCrossentropy, {WORDS} words",
         "losses.SparseCategoricalCrossentropy",

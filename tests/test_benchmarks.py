@@ -413,7 +413,7 @@ def test_the_summary_of_training_is_made_of_the_results():
     group = {"name": "MLP, batch 256", "times_ms": dict(zip(names, [[6.0], [3.0], [4.0], [2.0]], strict=True))}
     peaks, of_rows = (
         {"columns": names, "rows": {"MLP, batch 256": values}}
-        for values in ([100.0, 90.0, 80.0, 60.0], [10.0, 9.0, 8.0, 3.0])
+        for values in ([200.0, 190.0, 180.0, 120.0], [100.0, 90.0, 80.0, 30.0])
     )
     curves = {"grids": [{"rows": {"MLP": [0.25, 0.1, 0.2, 0.3]}}]}
     lines = list(training.summary({"groups": [group], "grids": [peaks, of_rows]}, curves))

@@ -213,9 +213,13 @@ def _kernel(images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *moving: tf.Te
 def _kernel_in_float32(images: tf.Tensor, *weights: tf.Tensor, epsilon: float) -> Any:
     """The same in float32, of which 16 bits alone are kept for the backward pass."""
 
+    def run(images: tf.Tensor, *weights: tf.Tensor) -> Any:
+        outputs, *others = _kernel(tf.cast(images, tf.float32), *weights, epsilon=epsilon)
+        return tf.cast(outputs, images.dtype), *others
+
     @tf.custom_gradient
     def normalize(images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *moving: tf.Tensor) -> Any:
-        outputs, mean, variance, *reserved = _kernel(tf.cast(images, tf.float32), gamma, beta, *moving, epsilon=epsilon)
+        outputs, mean, variance, *reserved = run(images, gamma, beta, *moving)
 
         def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> Any:
             to_images, to_gamma, to_beta, *_rest = tf.raw_ops.FusedBatchNormGradV3(
@@ -230,6 +234,7 @@ def _kernel_in_float32(images: tf.Tensor, *weights: tf.Tensor, epsilon: float) -
             )
             return tf.cast(to_images, images.dtype), to_gamma, to_beta, *[None for _ in moving]
 
-        return (tf.cast(outputs, images.dtype), mean, variance), gradient
+        return (outputs, mean, variance), gradient
 
-    return normalize(images, *weights)
+    # An export holds no gradient that only this package knows.
+    return normalize(images, *weights) if backend.recording() else run(images, *weights)
