@@ -17,6 +17,7 @@ __all__ = ["WeightUpdate", "replaces_variable", "tensorflow_variable", "unscale"
 # function takes as long as a few ops on it.
 _WORTH_COMPILING = 1_000_000
 _WORTH_COMPILING_EACH = 2_000
+_LARGE_NORM = 2.0**60
 
 
 _Gradients: TypeAlias = "Sequence[tf.Tensor | tf.IndexedSlices | None]"
@@ -156,12 +157,19 @@ class WeightUpdate:
         norm: tf.Tensor | None,
     ) -> _Gradients:
         """The gradients of the loss itself, with their norm limited."""
+        factor = tf.math.reciprocal(scale)
+        if norm is not None:
+            # In two steps: a limit over a norm near float32's end is a subnormal number, which a CPU takes for zero.
+            norm = unscale(norm, scale)
+            first = tf.minimum(_LARGE_NORM / norm, 1.0)
+            shrinks = tf.minimum(self._optimizer.global_clipnorm / (norm * first), 1.0 / first)
+            factor *= tf.cast(first, factor.dtype)
         unscaled = [
-            g if g is None or replaces_variable(v) else unscale(g, scale) for g, v in zip(grads, variables, strict=True)
+            g if g is None or replaces_variable(v) else _multiply(g, factor)
+            for g, v in zip(grads, variables, strict=True)
         ]
         if norm is None:
             return unscaled
-        shrinks = tf.minimum(self._optimizer.global_clipnorm / unscale(norm, scale), 1.0)
         return [
             g if g is None or replaces_variable(v) else _multiply(g, shrinks)
             for g, v in zip(unscaled, variables, strict=True)

@@ -572,3 +572,16 @@ def test_a_gan_is_looked_at_before_it_trains(ours, warned):
     found = [str(each.message) for each in told if issubclass(each.category, KerasMPWarning)]
     assert len(found) == int(warned)
     assert not warned or "keras.optimizers.Adam(...)" in found[0]
+
+
+@pytest.mark.parametrize("large", [1e30, 1e38, 3e38])
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e25])
+def test_a_norm_near_the_end_of_float32_is_limited_not_lost(large, limit):
+    """A limit over such a norm is a subnormal number, which a CPU takes for zero."""
+    weight = keras.Variable(np.zeros(2, "float32"))
+    optimizer = keras_mp.LossScaleOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=limit), initial_scale=1.0)
+    optimizer.build([weight])
+    optimizer.scale_loss(tf.constant(1.0))
+    optimizer.apply([tf.constant([large, 0.0])], [weight])
+    np.testing.assert_allclose(weight, [-limit, 0.0], rtol=1e-5)
+    assert int(optimizer.skipped_steps) == 0

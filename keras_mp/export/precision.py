@@ -6,10 +6,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, hardware
+from keras_mp import backend, hardware, layers
 from keras_mp.convert import convert
 from keras_mp.errors import ConversionError, ExportError, KerasMPWarning
 from keras_mp.policy import compute_dtypes, stacklevel
+from keras_mp.rebuild import Choice, Rebuild
 
 __all__ = ["Storage", "half_of", "narrow_dtypes", "resources_of", "tolerance_of", "with_precision"]
 
@@ -52,7 +53,10 @@ def tolerance_of(dtypes: "set[str] | frozenset[str]") -> float:
 
 
 def with_precision(model: keras.Model, precision: str) -> keras.Model:
-    """The model itself, or its twin that computes in float32.
+    """The model itself, or its twin that computes in float32, without what TensorFlow Serving refuses.
+
+    Keras has XLA compile convolutions in groups. Where each channel is a group, `keras_mp.layers.Conv2D` takes their
+    place.
 
     Args:
         model: a Keras model.
@@ -71,6 +75,22 @@ def with_precision(model: keras.Model, precision: str) -> keras.Model:
             f"Unknown precision {precision!r}. Type precision='float32', 'mixed' (as trained) or 'auto' (by the "
             "hardware here)."
         )
+    return _without_groups(_in_precision(model, precision))
+
+
+def _without_groups(model: keras.Model) -> keras.Model:
+    def is_depthwise(layer: keras.Layer) -> bool:
+        return type(layer) is keras.layers.Conv2D and layer.groups > 1 and layer.kernel.shape[-2] == 1
+
+    def choose(layer: keras.Layer, path: str) -> Choice:
+        return Choice(layers.Conv2D if is_depthwise(layer) else type(layer), layer.dtype_policy)
+
+    if not any(map(is_depthwise, backend.layers_by_path(model).values())):
+        return model
+    return Rebuild(choose)(model)
+
+
+def _in_precision(model: keras.Model, precision: str) -> keras.Model:
     narrow, here = narrow_dtypes(model), hardware.detect()
     if not narrow:
         if precision == "mixed":

@@ -33,6 +33,7 @@ _SMALL_STRIDED = 8
 # 64, 28: 3.9 and 3.6 of 512, 14: 2.9 and 2.5 of 1,024.
 _SMALL_POINTWISE = 28
 _TILE = 3
+_FAST = (tf.float32, tf.bfloat16)
 
 # From inputs and the gradient to the outputs to the gradient to the kernel.
 _KernelGradient = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -82,7 +83,10 @@ class Conv2D(keras.layers.Conv2D):
         """The convolution without bias and activation; see the class."""
         convolve, kernel = super().convolution_op, tf.convert_to_tensor(kernel)
         if _is_depthwise(self, inputs):
-            return _depthwise(self, inputs, tf.reshape(kernel, [*self.kernel_size, self.groups, -1]))
+            y = _depthwise(self, inputs, tf.reshape(kernel, [*self.kernel_size, self.groups, -1]))
+            shape = self.compute_output_shape(tuple(inputs.shape))
+            # Of no rows TensorFlow answers with the shape of the input.
+            return y if max(self.strides) == 1 or None in shape[1:] else tf.reshape(y, [-1, *shape[1:]])
         if self.groups != 1 or not _differs(self, inputs, kernel):
             return convolve(inputs, kernel)
         outputs = self.compute_output_shape(tuple(inputs.shape))
@@ -144,7 +148,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         kernel = tf.convert_to_tensor(self.kernel)
         return (
             _finished(self, _depthwise(self, inputs, kernel))
-            if _differs(self, inputs, kernel)
+            if _differs(self, inputs, kernel, (*_FAST, tf.float16, tf.float64))
             else super().call(inputs)
         )
 
@@ -156,11 +160,11 @@ def _finished(layer: Any, outputs: tf.Tensor) -> tf.Tensor:
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def _differs(layer: Any, inputs: Any, kernel: Any) -> bool:
+def _differs(layer: Any, inputs: Any, kernel: Any, dtypes: tuple[tf.DType, ...] = _FAST) -> bool:
     """Whether the gradient to the kernel may be taken in another way than TensorFlow's."""
     return (
         isinstance(inputs, tf.Tensor)
-        and inputs.dtype in (tf.float32, tf.bfloat16)
+        and inputs.dtype in dtypes
         and inputs.dtype == kernel.dtype
         and inputs.shape.rank == 4
         and None not in inputs.shape[1:].as_list()
@@ -202,11 +206,15 @@ def _depthwise(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         return tf.cast(gradient, dtype)
 
     def to_kernel(inputs: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-        if max(size[:2]) > _TILE and (dtype == tf.bfloat16 or not has_strides):
+        if max(size[:2]) > _TILE and (dtype == tf.bfloat16 or (dtype == tf.float32 and not has_strides)):
             return _by_tiles(inputs, upstream, size, layer.strides, layer.padding)
-        return tf.nn.depthwise_conv2d_backprop_filter(inputs, size, upstream, strides, padding)
+        gradient = tf.nn.depthwise_conv2d_backprop_filter(inputs, size, upstream, strides, padding)
+        if dtype in _FAST:
+            return gradient
+        # Of no rows, as a replica's share of a last batch may be, TensorFlow answers with what was in memory.
+        return tf.where(tf.size(upstream) > 0, gradient, tf.zeros_like(gradient))
 
-    if not _differs(layer, inputs, kernel):
+    if not _differs(layer, inputs, kernel, (*_FAST, tf.float16, tf.float64)):
         return convolve(inputs, kernel)
     return _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
 

@@ -251,3 +251,17 @@ def test_made_up_rows_that_a_model_does_not_take(tmp_path):
     rows = np.random.default_rng(0).normal(size=(1, 48, 48, 1)).astype("float32")
     path = export(model, tmp_path / "m", batch=rows)
     np.testing.assert_allclose(serve(path, x=rows)["y"], model(rows), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [keras.layers.Conv2D, keras_mp.layers.Conv2D])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_convolution_with_a_group_a_channel_is_served(make, policy, tmp_path):
+    """Keras has XLA compile it, which TensorFlow Serving refuses."""
+    keras.config.set_dtype_policy(policy)
+    inputs = keras.Input((4, 4, 5))
+    model = keras.Model(inputs, make(10, 3, groups=5, padding="same", dtype=policy)(inputs))
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 5)).astype("float32")
+    path = keras_mp.export(model, tmp_path / "served", precision="float32")
+    served = next(iter(tf.saved_model.load(str(path)).signatures["serving_default"](tf.constant(x)).values()))
+    exact = keras_mp.convert(model, "float32")(x)
+    np.testing.assert_allclose(served, exact, rtol=1e-4, atol=1e-5)

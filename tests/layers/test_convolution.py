@@ -176,3 +176,26 @@ def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype):
     layer = CASES[name].ours()
     layer.build(CASES[name].shapes[0])
     assert early_operations(layer, CASES[name].shapes[0], dtype) == []
+
+
+def gradient_of_no_rows(layer, dtype):
+    layer.build((1, 8, 8, 4))
+    x = tf.zeros((0, 8, 8, 4), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x)
+    return y, tape.gradient(y, layer.kernel, tf.zeros_like(y))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_no_rows_have_no_gradient(policy, kernel_size, strides):
+    """As those of a replica whose share of an epoch's last batch is none."""
+    settings = {"padding": "same", "strides": strides, "dtype": policy}
+    dtype = keras.DTypePolicy(policy).compute_dtype
+    y, gradient = gradient_of_no_rows(layers.Conv2D(4, kernel_size, groups=4, **settings), dtype)
+    assert y.shape == (0, 8 // strides, 8 // strides, 4)
+    np.testing.assert_array_equal(tf.cast(gradient, "float32"), tf.zeros((kernel_size, kernel_size, 1, 4)))
+    _, gradient = gradient_of_no_rows(layers.DepthwiseConv2D(kernel_size, **settings), dtype)
+    np.testing.assert_array_equal(tf.cast(gradient, "float32"), tf.zeros((kernel_size, kernel_size, 4, 1)))
