@@ -682,6 +682,9 @@ def preprocessing_classes() -> tuple[type, ...]:
     return (*bases, keras.layers.TextVectorization, *(getattr(keras.layers, name) for name in own))
 
 
+_before_training: list[Callable[[keras.Model], None]] = []
+
+
 def call_before_training(check: Callable[[keras.Model], None]) -> None:
     """Has every Keras model looked at before it is trained, with all its optimizers in place.
 
@@ -691,21 +694,28 @@ def call_before_training(check: Callable[[keras.Model], None]) -> None:
     Args:
         check: gets the model.
     """
+    _before_training.append(check)
+    if len(_before_training) > 1:
+        return  # the hook is there already
     trainer = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
     maker = next(cls for cls in keras.Model.__mro__ if "make_train_function" in vars(cls))
     compile_model, make_train_function = trainer.compile, maker.make_train_function
+
+    def look_at(model: keras.Model) -> None:
+        for each in _before_training:
+            each(model)
 
     @functools.wraps(compile_model)
     def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = compile_model(self, *args, **kwargs)
         if type(self).compile is compile_and_check:
-            check(self)
+            look_at(self)
         return result
 
     @functools.wraps(make_train_function)
     def check_and_make(self: Any, *args: Any, **kwargs: Any) -> Any:
         if type(self).compile is not compile_and_check and self.train_function is None:
-            check(self)
+            look_at(self)
         return make_train_function(self, *args, **kwargs)
 
     trainer.compile, maker.make_train_function = compile_and_check, check_and_make
