@@ -293,7 +293,8 @@ def _kept_by_libraries() -> frozenset[str]:
 
     And the strategy: a copy is of the scope that it is made in.
     """
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    # In float32 whatever the policy: nobody is to be warned of this model's optimizer.
+    model = keras.Sequential([keras.Input((1,), dtype="float32"), keras.layers.Dense(1, dtype="float32")])
     before = dict(vars(model))
     model.compile("sgd", "mse", metrics=["mse"], jit_compile=False)
     compiled = {name for name, value in vars(model).items() if name not in before or before[name] is not value}
