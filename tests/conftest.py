@@ -32,14 +32,24 @@ def mirrored():
     return _mirrored
 
 
+_POLICY, _REMAPPER = keras.config.dtype_policy(), backend.remapper_enabled()
+
+
 @pytest.fixture(autouse=True)
 def _isolated_global_state():
-    """Restores the global dtype policy and grappler's options, and gives every test the same random numbers."""
-    policy, remapper = keras.config.dtype_policy(), backend.remapper_enabled()
+    """Gives every test the global dtype policy and grappler's options of the start, and the same random numbers.
+
+    Before it as well as after it: a fixture of a whole module, which trains in float16, comes in between.
+    """
+    _restore()
     keras.utils.set_random_seed(0)
     yield
-    keras.config.set_dtype_policy(policy)
-    backend.set_remapper(remapper)
+    _restore()
+
+
+def _restore():
+    keras.config.set_dtype_policy(_POLICY)
+    backend.set_remapper(_REMAPPER)
 
 
 def pytest_collection_finish():
