@@ -156,7 +156,7 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
     """`tf.cast`, from float32 to bfloat16 in whole numbers where XLA compiles for a CPU.
 
     It has an instruction for that, but LLVM then finds no loop over the transcendental functions before it that fits
-    the vector registers: gelu and its gradient, all in one pass, take twice as long.
+    the vector registers, and gelu and its gradient take longer.
 
     Args:
         x: of any shape and float dtype.

@@ -211,7 +211,7 @@ def finite_witness(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -
     """A number that is finite only if every value is, where nobody asks for the sum of squares.
 
     Values of bfloat16, which has the range of float32, are added up as they are: squares would have to be taken of a
-    float32 copy of them, which on a CPU takes three times as long.
+    float32 copy of them.
 
     Args:
         gradients: as for `sum_of_squares`.
@@ -219,9 +219,7 @@ def finite_witness(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -
     Returns:
         A scalar tensor, as `sum_of_squares` answers it. It may overflow where values are large.
     """
-    dense = [
-        tf.convert_to_tensor(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients if g is not None
-    ]
+    dense = _tensors(gradients)
     sums = [tf.cast(tf.reduce_sum(g), tf.float32) for g in dense if g.dtype == tf.bfloat16]
     rest = sum_of_squares([g for g in dense if g.dtype != tf.bfloat16])
     return tf.add_n([rest, *(tf.cast(each, rest.dtype) for each in sums)])
@@ -280,12 +278,15 @@ def global_norm(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"], squa
     return tf.cond(tf.math.is_finite(squares), lambda: tf.sqrt(squares), rescaled)
 
 
-def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
-    dense = [
-        g.values if isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g) for g in gradients if g is not None
+def _tensors(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
+    return [
+        tf.convert_to_tensor(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients if g is not None
     ]
+
+
+def _values(gradients: Sequence["tf.Tensor | tf.IndexedSlices | None"]) -> list[tf.Tensor]:
     # In float32 at least: squares of float16 overflow above 255.
-    return [tf.cast(g, tf.float32) if g.dtype.size < 4 else g for g in dense]
+    return [tf.cast(g, tf.float32) if g.dtype.size < 4 else g for g in _tensors(gradients)]
 
 
 def _is_number(value: object) -> bool:
