@@ -161,19 +161,26 @@ def _finished(layer: Any, outputs: tf.Tensor) -> tf.Tensor:
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
+def _is_on_cpu(layer: Any, inputs: Any) -> bool:
+    """Whether a convolution of images, channels last and without dilation, runs in ops of its own on a CPU."""
+    return (
+        isinstance(inputs, tf.Tensor)
+        and inputs.shape.rank == 4
+        and layer.data_format == "channels_last"
+        and math.prod(layer.dilation_rate) == 1
+        and backend.on_cpu()
+        and not backend.in_xla_context()
+    )
+
+
 def _differs(layer: Any, inputs: Any, kernel: Any, dtypes: tuple[tf.DType, ...] = _FAST) -> bool:
     """Whether the gradient to the kernel may be taken in another way than TensorFlow's."""
     return (
-        isinstance(inputs, tf.Tensor)
+        _is_on_cpu(layer, inputs)
         and inputs.dtype in dtypes
         and inputs.dtype == kernel.dtype
-        and inputs.shape.rank == 4
         and None not in inputs.shape[1:].as_list()
-        and layer.data_format == "channels_last"
-        and math.prod(layer.dilation_rate) == 1
         and backend.recording()
-        and backend.on_cpu()
-        and not backend.in_xla_context()
     )
 
 
@@ -181,14 +188,9 @@ def _is_depthwise(layer: Any, inputs: Any) -> bool:
     """Whether a convolution in groups is one of each channel by itself, which TensorFlow's operation can compute."""
     return (
         layer.groups > 1
-        and isinstance(inputs, tf.Tensor)
-        and inputs.shape.rank == 4
-        and layer.data_format == "channels_last"
+        and _is_on_cpu(layer, inputs)
         and inputs.shape[-1] == layer.groups
         and len(set(layer.strides)) == 1
-        and math.prod(layer.dilation_rate) == 1
-        and backend.on_cpu()
-        and not backend.in_xla_context()
     )
 
 
