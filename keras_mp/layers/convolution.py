@@ -5,7 +5,7 @@ pixels wide, three quarters of the work are zeros, and float32 is as fast. Where
 faster; where a depthwise kernel is larger than 3 x 3, several kernels of 3 x 3 are, for which alone there is fast code.
 The gradient to the input of a depthwise convolution with strides has fast code in float32 alone. Forward pass and other
 gradients to the input are TensorFlow's, and so is all on a GPU or TPU, in XLA, in float16 and in what is no training
-step.
+step; but where XLA compiles a training step, no rounded kernel waits in memory for the backward pass.
 
 Keras hands every convolution in groups to XLA, which on a CPU takes far longer than TensorFlow's depthwise
 convolution. Where each channel is a group of its own, as in ConvNeXt, it is a depthwise convolution here.
@@ -82,7 +82,10 @@ class Conv2D(keras.layers.Conv2D):
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
         """The convolution without bias and activation; see the class."""
-        convolve, kernel = super().convolution_op, tf.convert_to_tensor(kernel)
+        convolve = super().convolution_op
+        if backend.in_xla_context() and backend.recording() and _is_rounded(kernel, inputs):
+            return _rounded_twice(convolve, inputs, backend.uncast(kernel))
+        kernel = tf.convert_to_tensor(kernel)
         if _is_depthwise(self, inputs):
             y = _depthwise(self, inputs, tf.reshape(kernel, [*self.kernel_size, self.groups, -1]))
             shape = self.compute_output_shape(tuple(inputs.shape))
@@ -237,6 +240,36 @@ def _convolved(
             return to_inputs(kernel, upstream), to_kernel(fusion.not_before(upstream, inputs), upstream)
 
         return convolve(inputs, kernel), gradient
+
+    return run(inputs, kernel)
+
+
+def _is_rounded(kernel: Any, inputs: Any) -> bool:
+    """Whether a kernel is a float32 variable that the layer reads in the 16 bits of its inputs."""
+    # Inside a layer's call the variable's own `dtype` is the one that it is read in.
+    return isinstance(kernel, keras.Variable) and kernel.dtype == inputs.dtype != backend.uncast(kernel).dtype
+
+
+def _rounded_twice(
+    convolve: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], inputs: tf.Tensor, kernel: tf.Tensor
+) -> tf.Tensor:
+    """A convolution by a kernel in float32, rounded in each pass: where XLA compiles both.
+
+    It would keep the rounded kernel of every layer from the forward to the backward pass. A kernel is small beside the
+    images that it is laid on, so that this costs little.
+    """
+
+    @tf.custom_gradient
+    def run(inputs: tf.Tensor, kernel: tf.Tensor) -> Any:
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            rounded = tf.cast(fusion.held(True, kernel)[0], inputs.dtype)
+            with tf.GradientTape() as tape:
+                tape.watch([inputs, rounded])
+                outputs = convolve(inputs, rounded)  # for its gradients; XLA leaves it out
+            to_inputs, to_kernel = tape.gradient(outputs, [inputs, rounded], upstream)
+            return to_inputs, tf.cast(to_kernel, kernel.dtype)
+
+        return convolve(inputs, tf.cast(kernel, inputs.dtype)), gradient
 
     return run(inputs, kernel)
 

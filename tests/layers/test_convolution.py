@@ -15,7 +15,12 @@ from tests.layers.contract import POLICIES, Case, check_contract
 
 def case(name, shape, *arguments, **settings):
     ours, stock = getattr(layers, name), getattr(keras.layers, name)
-    return Case(lambda: ours(*arguments, **settings), lambda: stock(*arguments, **settings), [shape], masked=False)
+    return Case(
+        lambda **more: ours(*arguments, **settings, **more),
+        lambda **more: stock(*arguments, **settings, **more),
+        [shape],
+        masked=False,
+    )
 
 
 CASES = {
@@ -124,6 +129,37 @@ def test_what_is_no_training_step_is_keras_graph(name):
         if layer(x) is not None
     ]
     assert operations[0] == operations[1]
+
+
+def compiled_gradients(layer):
+    """A function, compiled by XLA, from an input to the gradients to it and to the layer's variables."""
+
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.sin(tf.cast(layer(x), "float32"))
+        return tape.gradient(y, [x, *(variable.value for variable in layer.trainable_variables)])
+
+    return tf.function(gradients, jit_compile=True, autograph=False)
+
+
+@pytest.mark.parametrize("name", ["wide", "strides", "dilation", "two channels a group"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_xla_keeps_no_rounded_kernel_between_the_passes(name, policy):
+    (shape,) = CASES[name].shapes
+    ours, stock = CASES[name].ours(dtype=policy), CASES[name].stock(dtype=policy)
+    ours.build(shape)
+    stock.build(shape)
+    stock.set_weights(ours.get_weights())
+    x = tf.cast(np.random.default_rng(0).standard_normal(shape), ours.compute_dtype)
+    for one, other in zip(compiled_gradients(ours)(x), compiled_gradients(stock)(x), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(tf.cast(one, "float32"), tf.cast(other, "float32"))
+    lines = compiled_gradients(ours).experimental_get_compiler_ir(x)(stage="hlo").splitlines()
+    held = [line for line in lines if "opt-barrier(" in line]
+    size = ",".join(map(str, ours.kernel.shape))
+    assert len(held) == policy.startswith("mixed"), held
+    assert all(f"f32[{size}]" in line for line in held), held
 
 
 @pytest.mark.parametrize("training", [True, False])
