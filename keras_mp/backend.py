@@ -52,6 +52,7 @@ __all__ = [
     "set_remapper",
     "share_of_batch",
     "strategy_of",
+    "tensorflow_variable",
     "uncast",
     "with_logits",
     "with_mask",
@@ -543,6 +544,11 @@ def uncast(variable: keras.Variable) -> tf.Tensor:
     """
     with without_autocast():
         return tf.convert_to_tensor(variable.value)
+
+
+def tensorflow_variable(variable: Any) -> tf.Variable:
+    """What holds the value of a Keras variable; a TensorFlow variable is its own."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from keras_mp import backend, distribution
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
 from keras_mp.policy import needs_loss_scaling, stacklevel
-from keras_mp.update import WeightUpdate, replaces_variable, tensorflow_variable, unscale
+from keras_mp.update import WeightUpdate, replaces_variable, unscale
 
 __all__ = ["LossScaleOptimizer"]
 
@@ -81,8 +81,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         max_consecutive_skips: so many skipped steps in a row raise `LossScaleStuckError`.
         dynamic: False keeps the scale at `initial_scale`; steps with non-finite gradients are skipped all the same.
         jit_compile: whether XLA compiles the update of the weights, which then takes one pass over them instead of one
-            for each operation; nothing else of the step is touched. "auto" does so where it pays: see
-            `jit_compile_reason`.
+            for each operation; nothing else of the step is touched. "auto" has Adam, AdamW and SGD done by kernels of
+            TensorFlow, which are as fast and need no compiling, and compiles others where it pays: see
+            `jit_compile_reason`. False takes Keras's operations one by one, for the same bits.
         reduce_dtype: the dtype in which replicas and workers add up their gradients. "bfloat16" or "float16" send half
             as much, and round each replica's gradient and the sums to 8 or 11 bits. In float16 the gradients are added
             up as they are, scaled, for its range; the scale then makes room for the sum.
@@ -318,7 +319,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with tf.GradientTape() as tape:
             unscaled = tf.convert_to_tensor(loss())
             scaled = self.scale_loss(unscaled)
-        self.apply(tape.gradient(scaled, [tensorflow_variable(v) for v in variables]), variables)
+        self.apply(tape.gradient(scaled, [backend.tensorflow_variable(v) for v in variables]), variables)
         return unscaled
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:

@@ -1,5 +1,6 @@
 """The update of the weights by an optimizer that scales no loss: gradients unscaled, clipped and applied in one go."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -7,11 +8,11 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, kernels
 from keras_mp.errors import ArgumentError
 from keras_mp.loss_scale import global_norm, sum_of_squares
 
-__all__ = ["WeightUpdate", "replaces_variable", "tensorflow_variable", "unscale"]
+__all__ = ["WeightUpdate", "replaces_variable", "unscale"]
 
 # Fewer weights gain less than the compiler takes, and small variables gain nothing: handing each to the compiled
 # function takes as long as a few ops on it.
@@ -24,14 +25,15 @@ _Gradients: TypeAlias = "Sequence[tf.Tensor | tf.IndexedSlices | None]"
 
 
 class WeightUpdate:
-    """Applies an optimizer to gradients of a scaled loss on one device, compiled by XLA where it pays.
+    """Applies an optimizer to gradients of a scaled loss on one device, by `keras_mp.kernels` or compiled by XLA.
 
     Compiled, one pass over the weights does what takes one for each operation otherwise. Only the update is compiled:
     what comes before it may hold anything.
 
     Args:
         optimizer: the optimizer without loss scaling.
-        jit_compile: True, False, or "auto", which compiles where it pays and cannot fail.
+        jit_compile: True; False, for Keras's operations one by one, with their rounding; or "auto", which takes kernels
+            of TensorFlow where it has them, and else compiles where that pays and cannot fail.
 
     Raises:
         ArgumentError: for another `jit_compile`.
@@ -80,7 +82,7 @@ class WeightUpdate:
         norm = self._norm(grads, variables, squares)
         update_rows = self._row_update(grads, variables)
         if update_rows is None:
-            self._update(_merged(self._optimizer, grads), variables, scale, norm)
+            self._update(self._merged(grads, variables), variables, scale, norm)
             return
         learning_rate = tf.identity(self._optimizer.learning_rate)  # before the update counts its iterations
         pairs = list(zip(grads, variables, strict=True))
@@ -115,12 +117,13 @@ class WeightUpdate:
         """Hands the gradients to the optimizer, in a function that XLA compiles where that pays."""
         self._why_not = self._why_not_compiled(grads, variables)
         if self._why_not:
-            self._apply(grads, variables, scale, norm)
+            with kernels.by_kernels(self._optimizer) if self._uses_kernels() else contextlib.nullcontext():
+                self._apply(grads, variables, scale, norm)
             return
         # Python values are constants in the compiled program, and variables are those of one device.
         optimizer = self._optimizer
         key = (
-            *(id(tensorflow_variable(v)) for v in variables),
+            *(id(backend.tensorflow_variable(v)) for v in variables),
             *(optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue, optimizer.weight_decay),
             id(optimizer._learning_rate),
         )
@@ -178,20 +181,40 @@ class WeightUpdate:
     def _row_update(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> "Callable[..., None] | None":
         """What updates the rows of sparse gradients alone, if there are any and others would stay as they are."""
         sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
+        # How many rows there are without their repetitions is nothing that XLA can know.
+        if not sparse or getattr(self._optimizer, "momentum", None) or backend.in_xla_context():
+            return None
+        return None if self._touches_all(sparse) else _ROW_UPDATES.get(type(self._optimizer))
+
+    def _touches_all(self, sparse: Sequence[keras.Variable]) -> bool:
+        """Whether more is done to variables with sparse gradients than what the optimizer's method itself does."""
         optimizer = self._optimizer
-        touches_all = (
+        return bool(
             optimizer.clipnorm
             or optimizer.clipvalue
             or optimizer.weight_decay
             or optimizer.use_ema
             or optimizer.gradient_accumulation_steps
-            or getattr(optimizer, "momentum", 0)
             or any(getattr(v, "constraint", None) is not None for v in sparse)
         )
-        # How many rows there are without their repetitions is nothing that XLA can know.
-        if not sparse or touches_all or backend.in_xla_context():
-            return None
-        return _ROW_UPDATES.get(type(optimizer))
+
+    def _merged(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> _Gradients:
+        """The gradients as tensors, for an optimizer that moves the rows without a gradient as well, as momentum does.
+
+        Keras's optimizers would take such a gradient apart: of a row that comes twice they add up the squares, where
+        the square of the sum is meant, and they fill a tensor of the variable's shape more than once. Kernels get them
+        as they are and make tensors of one after the other.
+        """
+        optimizer = self._optimizer
+        if not type(optimizer).__module__.startswith("keras.") or kernels.keeps_rows(optimizer):
+            return list(grads)
+        sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
+        if self._uses_kernels() and not self._touches_all(sparse):
+            return list(grads)
+        return [kernels.dense(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+
+    def _uses_kernels(self) -> bool:
+        return self.jit_compile == "auto" and not backend.in_xla_context() and kernels.has_kernel(self._optimizer)
 
     def _why_not_compiled(self, grads: Sequence[Any], variables: Sequence[keras.Variable]) -> str:
         """Why XLA does not compile the update of these weights; empty if it does."""
@@ -199,6 +222,9 @@ class WeightUpdate:
             return "jit_compile=False"
         if backend.in_xla_context():
             return "XLA compiles the whole step already"
+        if self._uses_kernels():
+            name = type(self._optimizer).__name__
+            return f"TensorFlow has a kernel for what {name} does to a variable, as fast as what XLA makes of it"
         if any(isinstance(g, tf.IndexedSlices) for g in grads):
             return "there are sparse gradients, and XLA would compile anew for every number of rows"
         if self.jit_compile == "auto":
@@ -217,26 +243,6 @@ class WeightUpdate:
         return ""
 
 
-def _merged(optimizer: keras.optimizers.Optimizer, grads: _Gradients) -> _Gradients:
-    """The gradients as tensors, for an optimizer that moves the rows without a gradient as well, as momentum does.
-
-    Keras's optimizers would take such a gradient apart: of a row that comes twice they add up the squares, where the
-    square of the sum is meant, and they fill a tensor of the variable's shape more than once.
-    """
-    if not type(optimizer).__module__.startswith("keras.") or _keeps_rows(optimizer):
-        return list(grads)
-    return [_dense(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
-
-
-def _keeps_rows(optimizer: keras.optimizers.Optimizer) -> bool:
-    return type(optimizer) is keras.optimizers.SGD and not optimizer.momentum
-
-
-def _dense(gradient: tf.IndexedSlices) -> tf.Tensor:
-    values = gradient.values if gradient.values.dtype.size >= 4 else tf.cast(gradient.values, tf.float32)
-    return tf.math.unsorted_segment_sum(values, gradient.indices, gradient.dense_shape[0])
-
-
 def _descend_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor) -> None:
     """Plain gradient descent, which leaves other rows as they are."""
     optimizer.assign_sub(variable, _multiply(gradient, learning_rate))
@@ -248,7 +254,7 @@ def _adagrad_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, lea
     values = tf.math.unsorted_segment_sum(tf.cast(gradient.values, variable.dtype), places, tf.size(rows))
     # Keras has no public name for the sums of squares of a variable.
     sums = optimizer._accumulators[optimizer._get_variable_index(variable)]
-    of_rows = tf.gather(tensorflow_variable(sums), rows) + tf.square(values)
+    of_rows = tf.gather(backend.tensorflow_variable(sums), rows) + tf.square(values)
     optimizer.assign(sums, tf.IndexedSlices(of_rows, rows, gradient.dense_shape))
     steps = tf.cast(learning_rate, values.dtype) * values / tf.sqrt(of_rows + optimizer.epsilon)
     optimizer.assign_sub(variable, tf.IndexedSlices(steps, rows, gradient.dense_shape))
@@ -290,8 +296,3 @@ def replaces_variable(variable: Any) -> bool:
     Such a gradient never had the loss in it, so it is not divided by the loss scale.
     """
     return bool(getattr(variable, "overwrite_with_gradient", False))
-
-
-def tensorflow_variable(variable: Any) -> tf.Variable:
-    """What holds the value of a Keras variable; a TensorFlow variable is its own."""
-    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -98,8 +98,10 @@ def test_skipped_steps_change_nothing_and_the_others_equal_the_inner_optimizer_a
         apply(optimizer, variables, [g * scale for g in gradients], how)
         for mine, theirs in zip(variables, plain_variables, strict=True):
             # Scaling by a power of two is exact. What rounds is the order in which the clipping factor is applied, and
-            # XLA, which may fuse a multiplication with an addition.
-            np.testing.assert_allclose(mine, theirs, rtol=3e-6, atol=1e-6)
+            # XLA, which may fuse a multiplication with an addition; and each step of 0.1 by TensorFlow's kernel for
+            # Adam is 6.5e-6 of it longer than Keras's at first (see `tests/test_kernels.py`).
+            kernel = isinstance(inner, keras.optimizers.Adam) and how != "xla"
+            np.testing.assert_allclose(mine, theirs, rtol=3e-6, atol=4e-6 if kernel else 1e-6)
         if step in (1, 4):
             before = snapshot(optimizer, variables)
             apply(optimizer, variables, [gradients[0], np.array([1.0, NAN, INF], "float32")], how)
@@ -211,13 +213,18 @@ def with_scale_of_one(optimizer, jit_compile):
 
 
 @pytest.mark.parametrize(
-    ("how", "jit_compile"), [("eager", False), ("eager", True), ("graph", False), ("graph", True), ("xla", False)]
+    ("how", "jit_compile"),
+    [
+        *(("eager", False), ("eager", True), ("eager", "auto")),
+        *(("graph", False), ("graph", True), ("graph", "auto"), ("xla", False)),
+    ],
 )
 @pytest.mark.parametrize("make", ROW_OPTIMIZERS.values(), ids=ROW_OPTIMIZERS)
 def test_sparse_gradients_do_what_dense_ones_do(make, how, jit_compile):
     ours, expected = sparse_and_dense_steps(make, with_scale_of_one, how, jit_compile)
     for one, other in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, err_msg=one.path)
+        # The square of a gradient in Adam's kernel differs by 1.3e-5 from Keras's (see `tests/test_kernels.py`).
+        np.testing.assert_allclose(one, other, rtol=2e-5 if jit_compile == "auto" else 1e-5, err_msg=one.path)
 
 
 @pytest.mark.stock_defect

@@ -31,6 +31,7 @@ ORDER = [
     "layers",
     "losses",
     "loss_scale",
+    "kernels",
     "update",
     "optimizer",
     "forward_backward",

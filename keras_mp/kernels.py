@@ -1,0 +1,149 @@
+"""Updates of weights by TensorFlow's own kernels, each of which does all that an optimizer does to a variable in place.
+
+Adam, op by op, passes over the weights a dozen times. Compiled by XLA it takes as long as by these kernels, but the
+compiler takes seconds and, for a network of a few hundred variables, hundreds of MiB that the process keeps.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mp import backend
+
+__all__ = ["by_kernels", "dense", "has_kernel", "keeps_rows"]
+
+_DTYPES = ("float32", "float64")
+# From a gradient, a variable and a learning rate to the op that updates the variable; None in eager code.
+_Kernel = Callable[[tf.Tensor, tf.Variable, tf.Tensor], "tf.Operation | None"]
+
+
+def has_kernel(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether TensorFlow has a kernel for what this very optimizer does to a variable.
+
+    Args:
+        optimizer: without loss scaling; of several, each has to have one.
+
+    Example:
+        >>> has_kernel(keras.optimizers.Adam()), has_kernel(keras.optimizers.Nadam())
+        (True, False)
+    """
+    return all(type(each) in _KERNELS and not getattr(each, "amsgrad", False) for each in _parts(optimizer))
+
+
+@contextlib.contextmanager
+def by_kernels(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Inside, the optimizer updates variables in float32 and float64 by TensorFlow's kernels.
+
+    What it does beside, as clipping, weight decay, accumulation and averages, is Keras's as before. Sparse gradients,
+    other than of plain gradient descent, become dense one after the other, so that one at a time is in memory.
+
+    Args:
+        optimizer: one that `has_kernel`.
+    """
+    parts = _parts(optimizer)
+    for part in parts:
+        part.update_step = _step(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.update_step
+
+
+def keeps_rows(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether the optimizer leaves the rows of a variable as they are of which a sparse gradient says nothing."""
+    return type(optimizer) is keras.optimizers.SGD and not optimizer.momentum
+
+
+def dense(gradient: tf.IndexedSlices) -> tf.Tensor:
+    """A sparse gradient as a tensor, with rows that come twice added up in float32 at least."""
+    values = gradient.values if gradient.values.dtype.size >= 4 else tf.cast(gradient.values, tf.float32)
+    return tf.math.unsorted_segment_sum(values, gradient.indices, gradient.dense_shape[0])
+
+
+def _parts(optimizer: keras.optimizers.Optimizer) -> Sequence[keras.optimizers.Optimizer]:
+    return getattr(optimizer, "optimizers", None) or [optimizer]
+
+
+def _step(optimizer: keras.optimizers.Optimizer) -> Callable[[Any, Any, Any], None]:
+    """What takes the place of the optimizer's `update_step`."""
+    of_keras, kernel = optimizer.update_step, _KERNELS[type(optimizer)](optimizer)
+    before: list[tf.Operation] = []
+
+    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        is_sparse, there = isinstance(gradient, tf.IndexedSlices), backend.tensorflow_variable(variable)
+        if there.dtype.name not in _DTYPES or (is_sparse and keeps_rows(optimizer)):
+            of_keras(gradient, variable, learning_rate)
+            return
+        if is_sparse:
+            with tf.control_dependencies(before):
+                gradient = dense(gradient)
+        done = kernel(tf.cast(gradient, there.dtype), there, tf.cast(learning_rate, there.dtype))
+        if is_sparse and done is not None:
+            before[:] = [done]
+
+    return update_step
+
+
+def _adam(optimizer: Any) -> _Kernel:
+    """Kingma and Ba, 2015, section 2, in the order of computation of its last paragraph, as Keras.
+
+    The kernel takes 1 - beta_2 in the dtype of the variable, of the same beta_2 as the correction of the bias, where
+    Keras takes the one exactly and the other not: squares differ by 1.3e-5 of theirs in float32, and the first step of
+    Keras's is by half of that too short.
+    """
+    steps = optimizer.iterations + 1
+    powers: dict[str, tuple[tf.Tensor, tf.Tensor]] = {}
+    for dtype in _DTYPES:
+        count = tf.cast(steps, dtype)
+        powers[dtype] = (
+            tf.pow(tf.constant(optimizer.beta_1, dtype), count),
+            tf.pow(tf.constant(optimizer.beta_2, dtype), count),
+        )
+
+    def update(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> "tf.Operation | None":
+        # Keras has no public names for the moments.
+        place, number = optimizer._get_variable_index(variable), gradient.dtype.as_numpy_dtype
+        beta_1_power, beta_2_power = powers[gradient.dtype.name]
+        return tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=backend.tensorflow_variable(optimizer._momentums[place]).handle,
+            v=backend.tensorflow_variable(optimizer._velocities[place]).handle,
+            beta1_power=beta_1_power,
+            beta2_power=beta_2_power,
+            lr=learning_rate,
+            beta1=number(optimizer.beta_1),
+            beta2=number(optimizer.beta_2),
+            epsilon=number(optimizer.epsilon),
+            grad=gradient,
+        )
+
+    return update
+
+
+def _descent(optimizer: Any) -> _Kernel:
+    """Gradient descent, with Keras's order of momentum and learning rate."""
+
+    def update(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> "tf.Operation | None":
+        if not optimizer.momentum:
+            return tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=learning_rate, delta=gradient)
+        return tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=backend.tensorflow_variable(optimizer.momentums[optimizer._get_variable_index(variable)]).handle,
+            lr=learning_rate,
+            grad=gradient,
+            momentum=gradient.dtype.as_numpy_dtype(optimizer.momentum),
+            use_nesterov=optimizer.nesterov,
+        )
+
+    return update
+
+
+_KERNELS: dict[type, Callable[[Any], _Kernel]] = {
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+    keras.optimizers.SGD: _descent,
+}

@@ -1,0 +1,211 @@
+"""Updates by TensorFlow's kernels: against NumPy in float64, and against Keras's operations one by one."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_mp
+from keras_mp import kernels
+
+# Keras's (1 - 0.999) and the kernel's, of which squares are multiples, differ by 1.3e-5: steps by half of that at most.
+STEP = 7e-6
+MAKE = {
+    "adam": lambda **more: keras.optimizers.Adam(0.1, **more),
+    "adamw": lambda **more: keras.optimizers.AdamW(0.1, weight_decay=0.1, **more),
+    "sgd": lambda **more: keras.optimizers.SGD(0.1, **more),
+    "momentum": lambda **more: keras.optimizers.SGD(0.1, momentum=0.9, **more),
+    "nesterov": lambda **more: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True, **more),
+}
+
+
+def gradients(count, shape=(3, 4)):
+    return np.random.default_rng(0).standard_normal((count, *shape)).astype("float32")
+
+
+def start(shape=(3, 4)):
+    return np.random.default_rng(1).standard_normal(shape).astype("float32")
+
+
+def in_float64(name, w, grads):
+    """The formulas of the papers: Kingma and Ba, 2015; Loshchilov and Hutter, 2019; Sutskever et al., 2013."""
+    w, m, v = w.astype("float64"), 0.0, 0.0
+    for count, g in enumerate(grads.astype("float64"), 1):
+        if name.startswith("adam"):
+            w = w - (0.1 * 0.1 * w if name == "adamw" else 0.0)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            w = w - 0.1 * np.sqrt(1 - 0.999**count) / (1 - 0.9**count) * m / (np.sqrt(v) + 1e-7)
+        else:
+            momentum = 0.0 if name == "sgd" else 0.9
+            m = momentum * m - 0.1 * g
+            w = w + (momentum * m - 0.1 * g if name == "nesterov" else m)
+    return w
+
+
+def trained(optimizer, grads, dtype="float32", graph=True, scale=8.0):
+    """A variable after steps by an optimizer, ours with gradients of a loss that is multiplied by a scale."""
+    ours = isinstance(optimizer, keras_mp.LossScaleOptimizer)
+    variable = keras.Variable(start(), dtype=dtype)
+    optimizer.build([variable])
+
+    def step(gradient):
+        if ours:
+            optimizer.scale_loss(0.0)
+        optimizer.apply([gradient], [variable])
+
+    step = tf.function(step) if graph else step
+    for gradient in grads:
+        step(tf.constant(gradient * (scale if ours else 1.0)))
+    return variable
+
+
+def wrapped(optimizer, **more):
+    return keras_mp.LossScaleOptimizer(optimizer, initial_scale=8.0, **more)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("name", MAKE)
+def test_updates_are_those_of_the_papers(name, graph):
+    expected = in_float64(name, start(), gradients(5))
+    np.testing.assert_allclose(trained(wrapped(MAKE[name]()), gradients(5), graph=graph), expected, atol=1e-6)
+
+
+@pytest.mark.stock_defect
+def test_stock_adam_takes_its_first_step_in_full():
+    """Of gradients that do not change, each step is of the learning rate: Keras's first is 6e-6 of it too short."""
+    grads = np.ones((1, 3, 4), "float32")
+    taken = start().astype("float64") - trained(keras.optimizers.Adam(1.0, epsilon=1e-12), grads).numpy()
+    np.testing.assert_allclose(taken, 1.0, atol=3e-7)
+
+
+def test_the_first_step_of_adam_is_taken_in_full():
+    grads = np.ones((1, 3, 4), "float32")
+    taken = start().astype("float64") - trained(wrapped(keras.optimizers.Adam(1.0, epsilon=1e-12)), grads).numpy()
+    np.testing.assert_allclose(taken, 1.0, atol=3e-7)
+
+
+SETTINGS = {
+    "clipnorm": {"clipnorm": 0.5},
+    "clipvalue": {"clipvalue": 0.1},
+    "global_clipnorm": {"global_clipnorm": 0.5},
+    "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["adam", "adamw", "nesterov"])
+def test_what_keras_does_beside_is_done(name, setting):
+    ours = trained(wrapped(MAKE[name](**SETTINGS[setting])), gradients(6))
+    stock = trained(MAKE[name](**SETTINGS[setting]), gradients(6))
+    np.testing.assert_allclose(ours, stock, atol=6 * 0.1 * STEP + 1e-6)
+    assert not np.allclose(ours, trained(MAKE[name](), gradients(6)), atol=1e-3), "the setting does nothing"
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_a_schedule_is_followed_and_iterations_are_counted(name):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+    results = []
+    for wrap in (wrapped, lambda optimizer: optimizer):
+        optimizer = MAKE[name]()
+        optimizer._learning_rate = schedule
+        results.append(trained(wrap(optimizer), gradients(4)).numpy())
+        assert int(optimizer.iterations) == 4
+    np.testing.assert_allclose(*results, atol=2e-6)
+    assert np.abs(results[0] - trained(wrapped(MAKE[name]()), gradients(4)).numpy()).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["adam", "nesterov"])
+def test_variables_in_float64(name):
+    ours = trained(wrapped(MAKE[name]()), gradients(3), "float64")
+    # The learning rate is a variable in float32.
+    np.testing.assert_allclose(ours, in_float64(name, start(), gradients(3)), atol=3e-8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["adam", "nesterov"])
+def test_variables_in_16_bits_are_left_to_keras(name, dtype):
+    ours, stock = (trained(wrap(MAKE[name]()), gradients(3), dtype) for wrap in (wrapped, lambda optimizer: optimizer))
+    np.testing.assert_array_equal(tf.cast(ours, "float32"), tf.cast(stock, "float32"))
+
+
+def operations(optimizer, grads):
+    """The types of operations in the graph of an update, functions included, and the definitions of all nodes."""
+    variables = [keras.Variable(np.ones(g.shape, "float32")) for g in grads]
+    optimizer.build(variables)
+
+    def step():
+        optimizer.scale_loss(0.0)
+        optimizer.apply(grads, variables)
+
+    graph = tf.function(step).get_concrete_function().graph.as_graph_def()
+    return [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+
+
+@pytest.mark.parametrize(
+    ("make", "asked", "kernel"),
+    [
+        (MAKE["adam"], "auto", "ResourceApplyAdam"),
+        (MAKE["adamw"], "auto", "ResourceApplyAdam"),
+        (MAKE["sgd"], "auto", "ResourceApplyGradientDescent"),
+        (MAKE["momentum"], "auto", "ResourceApplyKerasMomentum"),
+        (MAKE["adam"], False, None),
+        (MAKE["adam"], True, None),
+        (lambda: keras.optimizers.Adam(amsgrad=True), "auto", None),
+        (keras.optimizers.Nadam, "auto", None),
+    ],
+)
+def test_the_kernel_is_taken_where_it_is_meant_to_be(make, asked, kernel):
+    optimizer = wrapped(make(), jit_compile=asked)
+    kinds = {node.op for node in operations(optimizer, [tf.ones((1200, 1000))])}
+    assert {kind for kind in kinds if kind.startswith("ResourceApply")} == ({kernel} if kernel else set())
+    assert ("TensorFlow has a kernel" in optimizer.jit_compile_reason) is (kernel is not None)
+
+
+def test_sparse_gradients_become_dense_one_after_the_other():
+    """A table's gradient, of the size of the table, is in memory once, not once for each table."""
+    slices = [tf.IndexedSlices(tf.ones((2, 5)), tf.constant([1, 1]), tf.constant([7, 5])) for _ in range(3)]
+    nodes = {node.name: node for node in operations(wrapped(MAKE["adam"]()), slices)}
+
+    def waits_for(name):
+        """All that has to be done before a node."""
+        inputs = [each.lstrip("^").partition(":")[0] for each in nodes[name].input]
+        inputs = [each for each in inputs if each in nodes]
+        return set(inputs).union(*map(waits_for, inputs))
+
+    sums = [name for name, node in nodes.items() if node.op == "UnsortedSegmentSum"]
+    updates = {name for name, node in nodes.items() if node.op == "ResourceApplyAdam"}
+    assert sorted(len(updates & waits_for(name)) for name in sums) == [0, 1, 2]
+
+
+def test_an_optimizer_is_as_it_was_after_an_error():
+    optimizer = keras.optimizers.Adam()
+
+    def fail():
+        with kernels.by_kernels(optimizer):
+            assert "update_step" in vars(optimizer)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "update_step" not in vars(optimizer)
+
+
+def test_two_replicas_equal_one_device(mirrored):
+    results = []
+    for strategy in (tf.distribute.get_strategy(), mirrored(2)):
+        with strategy.scope():
+            variable = keras.Variable(start())
+            optimizer = wrapped(MAKE["adamw"]())
+            optimizer.build([variable])
+        replicas = strategy.num_replicas_in_sync
+
+        def step(gradient, variable=variable, optimizer=optimizer, replicas=replicas):
+            optimizer.scale_loss(0.0)
+            optimizer.apply([gradient / replicas], [variable])
+
+        run = tf.function(lambda gradient, strategy=strategy, step=step: strategy.run(step, args=(gradient,)))
+        for gradient in gradients(4):
+            run(tf.constant(8.0 * gradient))
+        results.append(variable.numpy())
+    np.testing.assert_allclose(*results, atol=1e-6)
