@@ -5,6 +5,7 @@ compiler takes seconds and, for a network of a few hundred variables, hundreds o
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from keras_mp import backend
 __all__ = ["by_kernels", "dense", "has_kernel", "keeps_rows"]
 
 _DTYPES = ("float32", "float64")
+_LARGE = 1 << 16
 # From a gradient, a variable and a learning rate to the op that updates the variable; None in eager code.
 _Kernel = Callable[[tf.Tensor, tf.Variable, tf.Tensor], "tf.Operation | None"]
+_Prepare = Callable[[Any, Any], Any]
 
 
 def has_kernel(optimizer: keras.optimizers.Optimizer) -> bool:
@@ -34,18 +37,20 @@ def has_kernel(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def by_kernels(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+def by_kernels(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Iterator[None]:
     """Inside, the optimizer updates variables in float32 and float64 by TensorFlow's kernels.
 
-    What it does beside, as clipping, weight decay, accumulation and averages, is Keras's as before. Sparse gradients,
-    other than of plain gradient descent, become dense one after the other, so that one at a time is in memory.
+    What it does beside, as clipping, weight decay, accumulation and averages, is Keras's as before. Large gradients are
+    prepared, and sparse ones, other than of plain gradient descent, made dense, one after the other, so that no more
+    than two of what that makes are in memory.
 
     Args:
         optimizer: one that `has_kernel`.
+        prepared: from a gradient that `optimizer.apply` is given inside, and its variable, to the one that is meant.
     """
     parts = _parts(optimizer)
     for part in parts:
-        part.update_step = _step(part)
+        part.update_step = _step(part, prepared)
     try:
         yield
     finally:
@@ -68,22 +73,24 @@ def _parts(optimizer: keras.optimizers.Optimizer) -> Sequence[keras.optimizers.O
     return getattr(optimizer, "optimizers", None) or [optimizer]
 
 
-def _step(optimizer: keras.optimizers.Optimizer) -> Callable[[Any, Any, Any], None]:
+def _step(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Callable[[Any, Any, Any], None]:
     """What takes the place of the optimizer's `update_step`."""
     of_keras, kernel = optimizer.update_step, _KERNELS[type(optimizer)](optimizer)
-    before: list[tf.Operation] = []
+    large: list[tf.Operation] = []
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        is_sparse, there = isinstance(gradient, tf.IndexedSlices), backend.tensorflow_variable(variable)
-        if there.dtype.name not in _DTYPES or (is_sparse and keeps_rows(optimizer)):
-            of_keras(gradient, variable, learning_rate)
-            return
-        if is_sparse:
-            with tf.control_dependencies(before):
-                gradient = dense(gradient)
-        done = kernel(tf.cast(gradient, there.dtype), there, tf.cast(learning_rate, there.dtype))
-        if is_sparse and done is not None:
-            before[:] = [done]
+        there = backend.tensorflow_variable(variable)
+        is_sparse, is_large = isinstance(gradient, tf.IndexedSlices), math.prod(there.shape) >= _LARGE
+        # The next but one waits: while the kernel passes over one variable, the next gradient is prepared.
+        with tf.control_dependencies(large[-2:-1] if is_large else []):
+            gradient = prepared(gradient, variable)
+            if there.dtype.name not in _DTYPES or (is_sparse and keeps_rows(optimizer)):
+                of_keras(gradient, variable, learning_rate)
+                return
+            gradient = tf.cast(dense(gradient) if is_sparse else gradient, there.dtype)
+        done = kernel(gradient, there, tf.cast(learning_rate, there.dtype))
+        if is_large and done is not None:
+            large.append(done)
 
     return update_step
 

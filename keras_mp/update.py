@@ -92,9 +92,9 @@ class WeightUpdate:
             self._update([g for g, _ in dense], [v for _, v in dense], scale, norm)
         else:
             self._optimizer.iterations.assign_add(1)
-        rows = [v for _, v in sparse]
-        for gradient, variable in zip(self._unscaled([g for g, _ in sparse], rows, scale, norm), rows, strict=True):
-            update_rows(self._optimizer, gradient, variable, learning_rate)
+        unscaled = self._unscaling(scale, norm)
+        for gradient, variable in sparse:
+            update_rows(self._optimizer, unscaled(gradient, variable), variable, learning_rate)
 
     def _norm(
         self, grads: _Gradients, variables: Sequence[keras.Variable], squares: tf.Tensor | None
@@ -117,8 +117,7 @@ class WeightUpdate:
         """Hands the gradients to the optimizer, in a function that XLA compiles where that pays."""
         self._why_not = self._why_not_compiled(grads, variables)
         if self._why_not:
-            with kernels.by_kernels(self._optimizer) if self._uses_kernels() else contextlib.nullcontext():
-                self._apply(grads, variables, scale, norm)
+            self._apply(grads, variables, scale, norm)
             return
         # Python values are constants in the compiled program, and variables are those of one device.
         optimizer = self._optimizer
@@ -145,38 +144,49 @@ class WeightUpdate:
         norm: tf.Tensor | None,
     ) -> None:
         optimizer, limit = self._optimizer, self._optimizer.global_clipnorm
-        unscaled = self._unscaled(grads, variables, scale, norm)
+        unscaled = self._unscaling(scale, norm)
+        by_kernels = self._uses_kernels()
+        later = by_kernels and not self._works_on_gradients(norm)
+        if not later:
+            grads = [g if g is None else unscaled(g, v) for g, v in zip(grads, variables, strict=True)]
+        prepared = unscaled if later else lambda gradient, _: gradient
         try:
             optimizer.global_clipnorm = limit if norm is None else None
-            optimizer.apply(unscaled, variables)
+            with kernels.by_kernels(optimizer, prepared) if by_kernels else contextlib.nullcontext():
+                optimizer.apply(grads, variables)
         finally:
             optimizer.global_clipnorm = limit
 
-    def _unscaled(
-        self,
-        grads: _Gradients,
-        variables: Sequence[keras.Variable],
-        scale: tf.Tensor,
-        norm: tf.Tensor | None,
-    ) -> _Gradients:
-        """The gradients of the loss itself, with their norm limited."""
-        factor = tf.math.reciprocal(scale)
+    def _works_on_gradients(self, norm: tf.Tensor | None) -> bool:
+        """Whether Keras does more with gradients than hand each to its variable's update, so that they are unscaled
+        before.
+        """
+        return any(
+            each.clipnorm
+            or each.clipvalue
+            or (each.global_clipnorm and (norm is None or each is not self._optimizer))
+            or each.gradient_accumulation_steps
+            or each.loss_scale_factor
+            for each in self.optimizers
+        )
+
+    def _unscaling(self, scale: tf.Tensor, norm: tf.Tensor | None) -> "Callable[[Any, Any], Any]":
+        """From a gradient and its variable to that of the loss itself, with the norm of all limited."""
+        factor, shrinks = tf.math.reciprocal(scale), None
         if norm is not None:
             # In two steps: a limit over a norm near float32's end is a subnormal number, which a CPU takes for zero.
             norm = unscale(norm, scale)
             first = tf.minimum(_LARGE_NORM / norm, 1.0)
             shrinks = tf.minimum(self._optimizer.global_clipnorm / (norm * first), 1.0 / first)
             factor *= tf.cast(first, factor.dtype)
-        unscaled = [
-            g if g is None or replaces_variable(v) else _multiply(g, factor)
-            for g, v in zip(grads, variables, strict=True)
-        ]
-        if norm is None:
-            return unscaled
-        return [
-            g if g is None or replaces_variable(v) else _multiply(g, shrinks)
-            for g, v in zip(unscaled, variables, strict=True)
-        ]
+
+        def unscaled(gradient: Any, variable: Any) -> Any:
+            if replaces_variable(variable):
+                return gradient
+            gradient = _multiply(gradient, factor)
+            return gradient if shrinks is None else _multiply(gradient, shrinks)
+
+        return unscaled
 
     def _row_update(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> "Callable[..., None] | None":
         """What updates the rows of sparse gradients alone, if there are any and others would stay as they are."""

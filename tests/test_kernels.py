@@ -162,10 +162,17 @@ def test_the_kernel_is_taken_where_it_is_meant_to_be(make, asked, kernel):
     assert ("TensorFlow has a kernel" in optimizer.jit_compile_reason) is (kernel is not None)
 
 
-def test_sparse_gradients_become_dense_one_after_the_other():
-    """A table's gradient, of the size of the table, is in memory once, not once for each table."""
-    slices = [tf.IndexedSlices(tf.ones((2, 5)), tf.constant([1, 1]), tf.constant([7, 5])) for _ in range(3)]
-    nodes = {node.name: node for node in operations(wrapped(MAKE["adam"]()), slices)}
+@pytest.mark.parametrize("sparse", [True, False])
+def test_large_gradients_are_prepared_one_after_the_other(sparse):
+    """The gradients of tables, of the size of the tables, and those in float32 are not all in memory at once."""
+    size = (1 << 10, 1 << 6)
+    grads = [
+        tf.IndexedSlices(tf.ones((2, size[1])), tf.constant([1, 1]), tf.constant(size))
+        if sparse
+        else tf.ones(size, "bfloat16")
+        for _ in range(4)
+    ]
+    nodes = {node.name: node for node in operations(wrapped(MAKE["adam"]()), grads)}
 
     def waits_for(name):
         """All that has to be done before a node."""
@@ -173,16 +180,19 @@ def test_sparse_gradients_become_dense_one_after_the_other():
         inputs = [each for each in inputs if each in nodes]
         return set(inputs).union(*map(waits_for, inputs))
 
-    sums = [name for name, node in nodes.items() if node.op == "UnsortedSegmentSum"]
-    updates = {name for name, node in nodes.items() if node.op == "ResourceApplyAdam"}
-    assert sorted(len(updates & waits_for(name)) for name in sums) == [0, 1, 2]
+    updates = {name: node for name, node in nodes.items() if node.op == "ResourceApplyAdam"}
+    prepared = [
+        next(each for each in node.input if "^" not in each and ("Sum" in each or "mul" in each))
+        for node in updates.values()
+    ]
+    assert sorted(len(set(updates) & waits_for(name.partition(":")[0])) for name in prepared) == [0, 0, 1, 1]
 
 
 def test_an_optimizer_is_as_it_was_after_an_error():
     optimizer = keras.optimizers.Adam()
 
     def fail():
-        with kernels.by_kernels(optimizer):
+        with kernels.by_kernels(optimizer, lambda gradient, _: gradient):
             assert "update_step" in vars(optimizer)
             raise ZeroDivisionError
 
