@@ -258,11 +258,12 @@ def main(
     """Time the training steps and take their memory; write JSON and a table."""
     if context.invoked_subcommand:
         return
+    every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
+    _require_match(only, every)
     results = harness.begin("training", loaded)
     earlier = _earlier(output / "training.json") if only else {}
     groups = {group["name"]: group for group in earlier.get("groups", [])}
     peaks, of_rows = (dict(grid["rows"]) for grid in earlier["grids"]) if earlier else ({}, {})
-    every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
     for workload in every:
         if only not in workload.name:
             continue
@@ -294,6 +295,7 @@ def main(
 @app.command("curves")
 def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
     """Train each workload for 300 steps in ours, and with five seeds in stock float32; write JSON and a table."""
+    _require_match(only, workloads.WORKLOADS)
     path = output / "training_curves.json"
     earlier = _earlier(path) if only else {}
     found = dict(earlier.get("curves", {}))
@@ -317,9 +319,11 @@ def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
 @app.command("summary")
 def print_summary(output: Output = harness.RESULTS) -> None:
     """Print the README's table and draw its plot."""
-    results = json.loads((output / "training.json").read_text())
+    if not (path := output / "training.json").exists():
+        raise typer.BadParameter(f"There are no results in {output}. Run `python -m benchmarks.training` first.")
+    results = json.loads(path.read_text())
     print(*summary(results, _earlier(output / "training_curves.json") or {"grids": [{"rows": {}}]}), sep="\n")
-    plot(results, PLOT)
+    plot(results, PLOT if output == harness.RESULTS else output / PLOT.name)
 
 
 @app.command(hidden=True)
@@ -327,6 +331,12 @@ def peak(workload: str, name: str, batches: int) -> None:
     """Print what `_peak` finds for batches of so many times the rows."""
     found = find(workload)
     print(_peak(dataclasses.replace(found, batch=batches * found.batch), name))
+
+
+def _require_match(only: str, every: Sequence[Workload]) -> None:
+    if not any(only in workload.name for workload in every):
+        names = ", ".join(workload.name for workload in every)
+        raise typer.BadParameter(f"No workload has {only!r} in its name. There are: {names}.")
 
 
 def _peak_in_child(workload: Workload, name: str, batches: int = 1) -> float:

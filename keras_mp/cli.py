@@ -218,8 +218,9 @@ def tune(
     """
     made = _function(source)()
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], keras.Model):
+        what = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise typer.BadParameter(
-            f"{source} returned {type(made).__name__}. Expected (model, batch), of a compiled model and (x, y) or a "
+            f"{source} returned {what}. Expected (model, batch), of a compiled model and (x, y) or a "
             "tf.data.Dataset: return model, (x[:32], y[:32])."
         )
     with _in_words():
@@ -238,13 +239,20 @@ def tune(
 
 def _function(source: str) -> Callable[[], Any]:
     module_name, colon, name = source.partition(":")
-    if not (module_name and colon and name) or module_name.endswith(".py"):
-        raise typer.BadParameter(f"Expected MODULE:FUNCTION, such as train:model_and_batch. Received: {source}")
+    if not (module_name and colon and name) or module_name.endswith(".py") or "/" in module_name:
+        raise typer.BadParameter(
+            "Expected MODULE:FUNCTION, such as train:model_and_batch for a file train.py in this folder, without a "
+            f"path and without .py. Received: {source}"
+        )
     module = _imported(module_name, source)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise typer.BadParameter(f"{module_name} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise typer.BadParameter(f"{source} is called without arguments: {error}.") from error
     return function
 
 
@@ -253,6 +261,8 @@ def _imported(name: str, given: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise typer.BadParameter(f"{given} was found, but imports what is not there: {error}.") from error
         raise typer.BadParameter(f"{given}: {error}. Run the command where `import {name}` works.") from error
 
 

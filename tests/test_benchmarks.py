@@ -421,6 +421,25 @@ def test_the_summary_of_training_is_made_of_the_results():
     assert lines[3].startswith("| geometric mean, workloads | 2.00 | 1.50 | 3.00 |")
 
 
+def test_a_summary_of_other_results_leaves_the_readmes_plot(tmp_path):
+    runner, plot = CliRunner(), training.PLOT.read_bytes()
+    missing = runner.invoke(training.app, ["summary", "--output", str(tmp_path)])
+    assert missing.exit_code == 2
+    assert "Run `python -m benchmarks.training` first" in " ".join(missing.output.replace("│", "").split())
+    for name in ("training.json", "training_curves.json"):
+        (tmp_path / name).write_bytes((training.harness.RESULTS / name).read_bytes())
+    assert runner.invoke(training.app, ["summary", "--output", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert training.PLOT.read_bytes() == plot
+
+
+@pytest.mark.parametrize("command", [[], ["curves"]])
+def test_training_of_no_workload_is_refused(command, tmp_path):
+    result = CliRunner().invoke(training.app, [*command, "--only", "Nope", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "No workload has 'Nope' in its name" in " ".join(result.output.replace("│", "").split())
+
+
 def test_the_plot_of_training_is_a_picture(tmp_path):
     names = [training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_FLOAT32, training.OURS_MIXED]
     group = {"name": "MLP, batch 256", "times_ms": dict(zip(names, [[6.0], [3.0], [4.0], [2.0]], strict=True))}

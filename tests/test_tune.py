@@ -96,11 +96,18 @@ def test_nothing_is_recommended_where_nothing_agrees():
             [
                 "2.00 times as fast as the model as it is (10.00 ms)",
                 "3.0e-03",
-                'model = keras_mp.convert(model, "mixed_bfloat16"), then model.compile(..., jit_compile=False, '
-                "steps_per_execution=1)",
+                "2.00 times as fast as the fastest in float32, float32 with jit_compile=False (10.00 ms)",
+                'model = keras_mp.convert(model, "mixed_bfloat16"), model.jit_compile = False and '
+                "model.steps_per_execution = 1",
             ],
         ),
         (candidate(jit_compile=True, ratio=0.5), [CURRENT], ["Type model.compile(..., jit_compile=True"]),
+        (
+            # What several steps gain in float32 as well is no gain of the dtype's.
+            candidate("mixed_bfloat16", steps=16, ratio=0.5, converted=True),
+            [CURRENT, candidate(steps=16, ratio=0.6)],
+            ["1.20 times as fast as the fastest in float32, float32 with jit_compile=False, steps_per_execution=16"],
+        ),
     ],
 )
 def test_the_reason_says_what_to_type(chosen, others, words):
@@ -263,11 +270,13 @@ def test_sizes_that_are_no_multiples_of_8_are_named_where_the_hardware_cares():
     kernels = [explain.Kernel("net/in", (64, 128)), explain.Kernel("net/out", (128, 10))]
     fast = fast_dtypes([AMX])
     sizes, rows = explain.about_dimensions(kernels, 30, fast)
-    assert "1 of 2 kernels are not: net/out (128 x 10)" in sizes
+    assert "1 of 2 kernels have others: net/out (128 x 10)" in sizes
     assert "16 units instead of 10" in sizes
     assert "batch_size=32" in rows
     assert explain.about_dimensions(kernels[:1], 32, fast) == []
     assert explain.about_dimensions(kernels, 30, frozenset()) == []
+    # Features and classes are what the data have.
+    assert explain.about_dimensions([explain.Kernel("net/out", (6, 10))], 32, fast, frozenset({6, 10})) == []
 
 
 @pytest.mark.parametrize(
@@ -499,6 +508,12 @@ def compiled(**settings):
         (lambda: (compiled(), batch() * 2), {}, ArgumentError, "(x, y) or (x, y, sample_weight)"),
         (lambda: (compiled(), (batch()[0], batch(rows=6)[1])), {}, ArgumentError, "(8, 4), (6, 2)"),
         (lambda: (compiled(), batch(inputs=5)), {}, ArgumentError, "cannot be trained on this batch"),
+        (lambda: (compiled(), batch(rows=0)), {}, ArgumentError, "has no rows"),
+        (lambda: (compiled(), (batch()[0], np.array(["a"] * 8))), {}, ArgumentError, "such as ['a']"),
+        (lambda: (compiled(), [each.tolist() for each in batch()]), {}, ArgumentError, "np.array(x)"),
+        (lambda: (compiled(), batch(rows=32)[0].tolist()), {}, ArgumentError, "dataset[0] or next(generator)"),
+        (lambda: (compiled(), (batch()[0] * np.nan, batch()[1])), {}, ArgumentError, "outputs are not finite"),
+        (lambda: (compiled(), (batch()[0], batch()[1] * np.nan)), {}, ArgumentError, "loss is not finite"),
         (lambda: (compiled(), tf.data.Dataset.from_tensor_slices(batch()).take(0)), {}, ArgumentError, "has no batch"),
         (lambda: (compiled(), batch()), {"policies": "mixed_flot16"}, PolicyError, 'Did you mean "mixed_float16"?'),
         (lambda: (compiled(), batch()), {"policies": []}, ArgumentError, "at least one"),
@@ -513,6 +528,38 @@ def test_what_cannot_be_tuned_is_refused_in_words(arguments, options, error, wor
         keras_mp.tune(*arguments(), **options)
     assert words in str(raised.value)
     assert keras.config.dtype_policy() == policy
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "ours"])
+def test_steps_that_diverge_on_the_one_batch_leave_the_others_timed(optimizer):
+    """What `fit` never meets, for it never takes hundreds of steps on one batch."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(64), keras.layers.Dense(2)])
+    sgd = keras.optimizers.SGD(1.0)
+    model.compile(sgd if optimizer == "sgd" else keras_mp.LossScaleOptimizer(sgd), "mse")
+    x, y = batch()
+    tuning = keras_mp.tune(model, (3 * x, 3 * y), **QUICK)
+    assert tuning.candidates[0].step_ms is not None
+    assert [each.policy for each in tuning.candidates] == ["float32", "mixed_bfloat16", "mixed_float16"]
+
+
+def test_a_candidate_that_overflows_is_ruled_out_and_the_others_are_timed():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(64), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(1e-12), "mse")
+    x, y = batch()
+    tuning = keras_mp.tune(model, (1e6 * x, y), **QUICK)
+    by_policy = {each.policy: each for each in tuning.candidates}
+    assert by_policy["mixed_float16"].agrees is False
+    assert by_policy["float32"].agrees
+    assert by_policy["mixed_bfloat16"].step_ms is not None
+
+
+def test_heads_of_attention_are_one_size_with_their_width():
+    inputs = keras.Input((8, 16))
+    model = keras.Model(inputs, keras.layers.MultiHeadAttention(4, 8)(inputs, inputs))
+    model.compile("sgd", "mse")
+    x = np.ones((8, 8, 16), "float32")
+    tuning = keras_mp.tune(model, (x, x), policies="float32", **QUICK)
+    assert not any("multiples of 8" in each for each in tuning.findings)
 
 
 def test_a_model_with_replicas_is_refused(mirrored):
@@ -534,7 +581,12 @@ def program(tmp_path, monkeypatch):
         "    return keras.Sequential([keras.Input((4,))]), (np.ones((8, 4)), np.ones((8, 2)))\n"
         "def alone():\n"
         "    return made()[0]\n"
+        "def three():\n"
+        "    return made()[0], 1, 2\n"
+        "def needs(rows):\n"
+        "    return made()\n"
     )
+    (tmp_path / "program_that_imports.py").write_text("import not_installed_anywhere\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -562,7 +614,11 @@ def test_the_command_prints_a_table_or_json(program):
         ("program_to_tune", 2, "Expected MODULE:FUNCTION"),
         ("program_to_tune.py:made", 2, "Expected MODULE:FUNCTION"),
         ("program_of_yours:made", 2, "No module named 'program_of_yours'"),
-        ("program_to_tune:mad", 2, "It has: made, uncompiled, alone."),
+        ("./program_to_tune:made", 2, "without a path and without .py"),
+        ("program_that_imports:made", 2, "was found, but imports what is not there"),
+        ("program_to_tune:needs", 2, "is called without arguments: missing a required argument: 'rows'"),
+        ("program_to_tune:three", 2, "returned a tuple of 3. Expected (model, batch)"),
+        ("program_to_tune:mad", 2, "It has: made, uncompiled, alone, three, needs."),
         ("program_to_tune:alone", 2, "returned Sequential. Expected (model, batch)"),
         ("program_to_tune:uncompiled", 1, 'model.compile("adam", loss)'),
     ],

@@ -125,7 +125,10 @@ def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> li
     best = max(times, key=lambda each: each.ratio)
     if best.ratio >= _WORTHWHILE:
         most = 1 / (1 - share + share / best.ratio)
-        sentences[0] += f" So {best.dtype} products alone make the step {most:.1f} times as fast at most."
+        sentences[0] += (
+            f" So {best.dtype} products alone make the step {most:.1f} times as fast at most; what is gained beyond is "
+            "that of other layers, gradients and updates, and of less to move in memory."
+        )
     return sentences
 
 
@@ -150,25 +153,32 @@ def about_small_products(work: Work, kernels: Sequence[Kernel]) -> list[str]:
     ]
 
 
-def about_dimensions(kernels: Sequence[Kernel], rows: int, fast_dtypes: frozenset[str]) -> list[str]:
+def about_dimensions(
+    kernels: Sequence[Kernel], rows: int, fast_dtypes: frozenset[str], given: frozenset[int] = frozenset()
+) -> list[str]:
     """Layers whose sizes do not fill the blocks that fast products work on.
 
     Args:
         kernels: of the layers that multiply.
         rows: of a batch.
         fast_dtypes: what the hardware is fast at. Where it is nothing, sizes do not matter.
+        given: sizes that the data have, as features and classes, which nobody is free to choose.
     """
     if not fast_dtypes:
         return []
     sentences = []
-    uneven = [kernel for kernel in kernels if any(size % _BLOCK for size in kernel.shape[-2:])]
+
+    def uneven_sizes(kernel: Kernel) -> list[int]:
+        return [size for size in reversed(kernel.shape[-2:]) if size % _BLOCK and size not in given]
+
+    uneven = [kernel for kernel in kernels if uneven_sizes(kernel)]
     if uneven:
         shown = [f"{kernel.path} ({' x '.join(map(str, kernel.shape))})" for kernel in uneven]
-        size = next(size for kernel in uneven for size in reversed(kernel.shape[-2:]) if size % _BLOCK)
+        size = uneven_sizes(uneven[0])[0]
         sentences.append(
             f"Products are fastest where all sizes are multiples of {_BLOCK}; {len(uneven)} of {len(kernels)} kernels "
-            f"are not: {_listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units instead "
-            f"of {size}."
+            f"have others: {_listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units "
+            f"instead of {size}."
         )
     if rows % _BLOCK:
         sentences.append(

@@ -162,14 +162,22 @@ def why_recommended(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         beside = (
             f", {_ratio(current) / _ratio(chosen):.2f} times as fast as the model as it is ({current.step_ms:.2f} ms)"
         )
-    if chosen.ratio is not None and chosen.policy != "float32":
-        beside += f", {1 / chosen.ratio:.2f} times as fast as float32"
+    float32 = min((each for each in timed if each.policy == "float32"), key=_ratio, default=None)
+    if float32 is not None and chosen.policy != "float32":
+        gain = _ratio(float32) / _ratio(chosen)
+        beside += f", {gain:.2f} times as fast as the fastest in float32, {_figures(float32)}"
     if chosen.error:
         beside += f"; outputs differ from float32 by {chosen.error:.1e} of the largest at most"
-    convert = f'model = keras_mp.convert(model, "{chosen.policy}"), then ' if chosen.converted else ""
+    took = f"A step takes {chosen.step_ms:.2f} ms in {chosen.in_words}{beside}."
+    if not chosen.converted:
+        return (
+            f"{took} Type model.compile(..., jit_compile={chosen.jit_compile}, "
+            f"steps_per_execution={chosen.steps_per_execution})."
+        )
+    # A conversion is compiled, with an optimizer of its own.
     return (
-        f"A step takes {chosen.step_ms:.2f} ms in {chosen.in_words}{beside}. Type {convert}model.compile(..., "
-        f"jit_compile={chosen.jit_compile}, steps_per_execution={chosen.steps_per_execution})."
+        f'{took} Type model = keras_mp.convert(model, "{chosen.policy}"), model.jit_compile = {chosen.jit_compile} and '
+        f"model.steps_per_execution = {chosen.steps_per_execution}."
     )
 
 

@@ -31,11 +31,16 @@ class Copy:
 
     def __init__(self, model: keras.Model, policy: str, current: bool, remapper: bool) -> None:
         self.model, self.policy, self.current, self.remapper = model, policy, current, remapper
-        self._weights = [tf.identity(variable.value) for variable in model.weights]
+        self._first = [(variable, tf.identity(variable.value)) for variable in model.weights]
+
+    def keep_optimizer(self) -> None:
+        """Has what the optimizer keeps, which is there once it is built, given back by `restore`, too."""
+        known = {id(variable) for variable, _ in self._first}
+        self._first += [(v, tf.identity(v.value)) for v in self.model.optimizer.variables if id(v) not in known]
 
     def restore(self) -> None:
-        """Gives the weights the values that they had before any step."""
-        for variable, value in zip(self.model.weights, self._weights, strict=True):
+        """Gives weights and optimizer the values that they had before any step."""
+        for variable, value in self._first:
             variable.assign(value)
 
     def outputs(self, x: Any, jit_compile: bool) -> list[np.ndarray]:
@@ -69,6 +74,8 @@ class Step:
     Attributes:
         times: milliseconds of one step, a median for each turn.
         first_ms: the same of a first call after compilation.
+        first_loss: the loss of the first step.
+        error: what a turn raised, after which there are no more.
 
     Raises:
         Exception: whatever the step raises when it is traced, compiled and run for the first time.
@@ -77,7 +84,12 @@ class Step:
     def __init__(self, copy: Copy, batches: Iterator[Any], jit_compile: bool, steps_per_execution: int) -> None:
         self.copy, self.jit_compile, self.steps_per_execution = copy, jit_compile, steps_per_execution
         self.times: list[float] = []
+        self.error: Exception | None = None
         model = copy.model
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        copy.keep_optimizer()
+        copy.restore()
         model.jit_compile, model.steps_per_execution = jit_compile, steps_per_execution
         if model.jit_compile != jit_compile:
             unable = [repr(layer.name) for layer in backend.layers_by_path(model).values() if not layer.supports_jit]
@@ -85,7 +97,9 @@ class Step:
         model.make_train_function(force=True)
         self._function = model.train_function
         self._batches = batches
+        self._loss = math.nan
         self.call()
+        self.first_loss = self._loss
         self.call()  # grappler and the allocator are done after it
         self.first_ms = self.call()
 
@@ -99,12 +113,15 @@ class Step:
             backend.set_remapper(self.copy.remapper)
         start = time.perf_counter()
         logs = self._function(self._batches if batches is None else batches)
-        for value in keras.tree.flatten(logs):
-            np.asarray(value)  # waits for it, as the progress bar of `fit` does
-        return (time.perf_counter() - start) * 1000 / self.steps_per_execution
+        keras.tree.map_structure(np.asarray, logs)  # waits for it, as the progress bar of `fit` does
+        milliseconds = (time.perf_counter() - start) * 1000 / self.steps_per_execution
+        self._loss = float(logs["loss"]) if isinstance(logs, dict) and "loss" in logs else 0.0
+        return milliseconds
 
     def turn(self) -> None:
-        """Times one turn."""
+        """Times one turn, from the first weights on where steps on the one batch have led away from what is finite."""
+        if not math.isfinite(self._loss):
+            self.copy.restore()
         if backend.remapper_enabled() != self.copy.remapper:
             self.call()  # the first call under another setting of grappler's takes longer
         self.times.append(statistics.median(self.call() for _ in range(self._calls)))
@@ -161,7 +178,7 @@ def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) 
         expected: seconds that the first round is going to take.
 
     Returns:
-        How many rounds were done.
+        How many rounds were done. A step whose turn raises keeps the error and gets no more.
     """
     took = expected
     for done in range(rounds):
@@ -169,7 +186,11 @@ def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) 
         if start + took > end:
             return done
         for step in steps:
-            step.turn()
+            if step.error is None:
+                try:
+                    step.turn()
+                except Exception as error:
+                    step.error = error
         took = time.perf_counter() - start
     return rounds
 

@@ -138,11 +138,13 @@ class _Data:
         self.cached = iter(cached.prefetch(2))
         leaves = [leaf for leaf in keras.tree.flatten(self.first) if leaf is not None]
         rows = {leaf.shape[0] if len(leaf.shape) else -1 for leaf in leaves}
+        if rows == {0}:
+            raise ArgumentError("tune(): the batch has no rows. Give it a batch of the size that is trained with.")
         if len(rows) != 1 or -1 in rows:
             raise ArgumentError(
                 "tune(): all parts of a batch need the same number of rows. Received arrays of shapes "
-                f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}. Give (x, y) with a row of y for each of x, "
-                "or batch the dataset: dataset.batch(32)."
+                f"{_listed_shapes(leaves)}. Give (x, y) with a row of y for each of x, batch a dataset: "
+                "dataset.batch(32), and make arrays of lists, which are structures here: np.array(x)."
             )
         self.rows: int = rows.pop()
         self.x = keras.utils.unpack_x_y_sample_weight(self.first)[0]
@@ -194,11 +196,8 @@ class _Search:
         self._try_several_steps()
         self._take_turns(_ROUNDS)
         chosen = recommend(self.candidates)
-        if chosen is None:  # float32 agrees with itself, so that nothing of it was finite
-            raise ArgumentError(
-                f"tune(): the outputs of {self.model.name!r} for this batch are not finite in float32. Type "
-                "keras.config.disable_traceback_filtering() and model(x) to see where, and check the batch."
-            )
+        if chosen is None:  # float32 agrees with itself
+            raise self._not_finite("outputs")
         self._explain(work)
         return Tuning(
             chosen.policy,
@@ -230,9 +229,24 @@ class _Search:
             raise ArgumentError(f"tune(): {self.candidates[-1].why}")
         try:
             self.expected = self.reference.outputs(self.data.x, False)
+        except Exception as error:
+            raise self._untrainable(error) from error
+        # An infinity may be meant, as in logits that are masked.
+        if any(np.isnan(output).any() or not np.isfinite(output).any() for output in self.expected if output.size):
+            raise self._not_finite("outputs")
+        try:
             self._start(self.reference, min(self.compilers), 1, required=True)
         except Exception as error:
             raise self._untrainable(error) from error
+        if not math.isfinite(self.running[0].first_loss):
+            raise self._not_finite("loss")
+
+    def _not_finite(self, what: str) -> ArgumentError:
+        are = "outputs are" if what == "outputs" else "loss is"
+        return ArgumentError(
+            f"tune(): {self.model.name!r}'s {are} not finite for this batch in float32. Look for NaN and infinity in "
+            "the batch, inputs and targets, and in model.get_weights(): np.isfinite(x).all()."
+        )
 
     def _untrainable(self, error: Exception) -> ArgumentError:
         return ArgumentError(
@@ -332,6 +346,7 @@ class _Search:
         if take_turns(list(self.running.values()), rounds, self.end, expected) < _ROUNDS_TO_COMPARE:
             for place, step in self.running.items():
                 step.times = before[place] + step.times
+        self._drop_what_failed()
         reference = self.running[0]
         for place, step in self.running.items():
             rounds_of_both = min(len(step.times), len(reference.times))
@@ -342,6 +357,16 @@ class _Search:
             self.candidates[place] = dataclasses.replace(
                 self.candidates[place], step_ms=step.step_ms, ratio=ratio, noise=noise
             )
+
+    def _drop_what_failed(self) -> None:
+        failed = {place: step.error for place, step in self.running.items() if step.error is not None}
+        for place, error in failed.items():
+            if place == 0:
+                raise self._untrainable(error) from error
+            self.candidates[place] = dataclasses.replace(
+                self.candidates[place], why=f"failed after some steps on this batch: {_in_words(error)}"
+            )
+            del self.running[place]
 
     def _drop_what_is_clearly_slower(self) -> None:
         least = min(self.candidates[place].ratio or 1.0 for place in self.running)
@@ -359,7 +384,8 @@ class _Search:
         if self.steps or best is None:
             return
         fastest = min(agreeing, key=lambda each: each.step_ms or 0.0)
-        for each in dict.fromkeys((best, fastest)):
+        # Several steps help float32 as well, with which the others are compared.
+        for each in dict.fromkeys((best, fastest, self.candidates[0])):
             if each.step_ms is not None and each.step_ms < _SHORT_STEP_MS and each.steps_per_execution == 1:
                 self._try(each.policy, self.running[self.candidates.index(each)].copy, each.jit_compile, _STEPS)
 
@@ -377,7 +403,7 @@ class _Search:
 
     def _explain(self, work: Work | None) -> None:
         kernels = [
-            explain.Kernel(path, tuple(getattr(layer, name).shape))
+            explain.Kernel(path, _as_matrix(layer, tuple(getattr(layer, name).shape)))
             for path, layer in backend.layers_by_path(self.own.model).items()
             for name in ("kernel", "recurrent_kernel")
             if len(getattr(getattr(layer, name, None), "shape", ())) > 1
@@ -387,7 +413,9 @@ class _Search:
         if work is not None and self.candidates[0].step_ms is not None:
             self.findings += explain.about_share(work, self.candidates[0].step_ms, self.products)
             self.findings += explain.about_small_products(work, kernels)
-        self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes)
+        arrays = [*keras.tree.flatten(self.data.x), *self.expected]
+        given = frozenset(array.shape[-1] for array in arrays if array is not None and len(array.shape) > 1)
+        self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes, given)
         self.findings += explain.about_short_steps(self.candidates)
         self.findings += explain.about_untimed(self.candidates, self.budget)
         if self.data.dataset is not None:
@@ -497,13 +525,19 @@ def _as_batch(batch: Any) -> tuple[Any, ...]:
     if not isinstance(batch, (tuple, list)) or not 1 <= len(batch) <= 3:
         raise ArgumentError(
             f"tune(): expected a batch (x, y) or (x, y, sample_weight), or a tf.data.Dataset of them. Received: "
-            f"{_described(batch)}. For a model that takes x alone type (x,)."
+            f"{_described(batch)}. For a model that takes x alone type (x,); of a PyDataset or a generator give one "
+            "batch: dataset[0] or next(generator)."
         )
 
     def array(leaf: Any) -> Any:
         if leaf is None or tf.is_tensor(leaf):
             return leaf
         leaf = np.asarray(leaf)
+        if leaf.dtype.kind in "OSU":
+            raise ArgumentError(
+                f"tune(): a batch is of numbers. Received {leaf.dtype}, such as {leaf.ravel()[:1].tolist()}. Make "
+                "numbers of it as for fit, or give a tf.data.Dataset whose map does."
+            )
         # As `fit` does it.
         return leaf.astype(keras.config.floatx()) if leaf.dtype == np.float64 else leaf
 
@@ -511,6 +545,21 @@ def _as_batch(batch: Any) -> tuple[Any, ...]:
     while len(batch) > 1 and batch[-1] is None:
         batch = batch[:-1]
     return batch
+
+
+def _listed_shapes(leaves: Sequence[Any]) -> str:
+    shapes = [str(tuple(leaf.shape)) for leaf in leaves]
+    return ", ".join(shapes[:5]) + (f" and {len(shapes) - 5} more" if len(shapes) > 5 else "")
+
+
+def _as_matrix(layer: keras.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a kernel, that of an einsum with what is summed over as one size and what is not as another."""
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return shape
+    inputs, kernel = layer.equation.replace(" ", "").partition("->")[0].split(",")
+    summed = [size for label, size in zip(kernel, shape, strict=True) if label in inputs]
+    kept = [size for label, size in zip(kernel, shape, strict=True) if label not in inputs]
+    return math.prod(summed), math.prod(kept)
 
 
 def _described(batch: Any) -> str:
