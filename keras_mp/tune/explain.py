@@ -20,6 +20,7 @@ __all__ = [
     "about_short_steps",
     "about_small_products",
     "about_untimed",
+    "listed",
 ]
 
 # Below this gain in a bare product, casts and the other ops of a step leave nothing of it.
@@ -109,7 +110,7 @@ def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> li
     if not times:
         return []
     if not work.complete:
-        left = _listed([name for name in work.uncounted + work.loops if "gradient" not in name] or work.uncounted)
+        left = listed([name for name in work.uncounted + work.loops if "gradient" not in name] or work.uncounted)
         return [
             f"The step's products are {_operations(work.flops)} operations at least; which share of its time they "
             f"take was not estimated, for the graph does not tell how much {left or 'a loop'} computes."
@@ -148,7 +149,7 @@ def about_small_products(work: Work, kernels: Sequence[Kernel]) -> list[str]:
         return []
     return [
         f"{len(small)} of {len(forward)} products of the forward pass are too small to gain from 16 bits, below "
-        f"{_operations(_SMALL_FLOPS)} operations: {_listed([_layer(each, kernels) for each in small])}. Larger batches "
+        f"{_operations(_SMALL_FLOPS)} operations: {listed([_layer(each, kernels) for each in small])}. Larger batches "
         "make them larger: try batch_size four times as large."
     ]
 
@@ -177,7 +178,7 @@ def about_dimensions(
         size = uneven_sizes(uneven[0])[0]
         sentences.append(
             f"Products are fastest where all sizes are multiples of {_BLOCK}; {len(uneven)} of {len(kernels)} kernels "
-            f"have others: {_listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units "
+            f"have others: {listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units "
             f"instead of {size}."
         )
     if rows % _BLOCK:
@@ -244,7 +245,7 @@ def about_untimed(candidates: Sequence[Candidate], budget: float) -> list[str]:
     if not untimed:
         return []
     return [
-        f"Not timed within {budget:g} seconds: {_listed([each.in_words for each in untimed])}. Type tune(..., "
+        f"Not timed within {budget:g} seconds: {listed([each.in_words for each in untimed])}. Type tune(..., "
         f"budget={4 * budget:g}) to have them timed, or name what you would use in policies and jit_compile."
     ]
 
@@ -267,7 +268,8 @@ def _operations(flops: float) -> str:
     return f"{flops / 1e6:.3g} million"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first five of some names, each once, and how many more there are."""
     names = list(dict.fromkeys(names))
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

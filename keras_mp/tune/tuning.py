@@ -141,9 +141,10 @@ class _Data:
         if rows == {0}:
             raise ArgumentError("tune(): the batch has no rows. Give it a batch of the size that is trained with.")
         if len(rows) != 1 or -1 in rows:
+            shapes = explain.listed([str(tuple(leaf.shape)) for leaf in leaves])
             raise ArgumentError(
                 "tune(): all parts of a batch need the same number of rows. Received arrays of shapes "
-                f"{_listed_shapes(leaves)}. Give (x, y) with a row of y for each of x, batch a dataset: "
+                f"{shapes}. Give (x, y) with a row of y for each of x, batch a dataset: "
                 "dataset.batch(32), and make arrays of lists, which are structures here: np.array(x)."
             )
         self.rows: int = rows.pop()
@@ -545,11 +546,6 @@ def _as_batch(batch: Any) -> tuple[Any, ...]:
     while len(batch) > 1 and batch[-1] is None:
         batch = batch[:-1]
     return batch
-
-
-def _listed_shapes(leaves: Sequence[Any]) -> str:
-    shapes = [str(tuple(leaf.shape)) for leaf in leaves]
-    return ", ".join(shapes[:5]) + (f" and {len(shapes) - 5} more" if len(shapes) > 5 else "")
 
 
 def _as_matrix(layer: keras.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
