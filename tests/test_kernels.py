@@ -102,6 +102,21 @@ def test_what_keras_does_beside_is_done(name, setting):
     assert not np.allclose(ours, trained(MAKE[name](), gradients(6)), atol=1e-3), "the setting does nothing"
 
 
+def test_gradients_of_steps_with_other_scales_are_accumulated_unscaled():
+    optimizer = keras_mp.LossScaleOptimizer(
+        MAKE["adam"](gradient_accumulation_steps=2), initial_scale=8.0, dynamic_growth_steps=1
+    )
+    variable = keras.Variable(start())
+    optimizer.build([variable])
+    scales = []
+    for gradient in gradients(4):
+        scales.append(float(optimizer.loss_scale))
+        optimizer.apply([tf.constant(gradient * scales[-1])], [variable])
+    assert scales == [8.0, 16.0, 32.0, 64.0]
+    stock = trained(MAKE["adam"](gradient_accumulation_steps=2), gradients(4))
+    np.testing.assert_allclose(variable, stock, atol=4 * 0.1 * STEP + 1e-6)
+
+
 @pytest.mark.parametrize("name", ["adam", "momentum"])
 def test_a_schedule_is_followed_and_iterations_are_counted(name):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
