@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 import re
@@ -22,9 +23,11 @@ from keras_mp import backend
 from keras_mp.errors import ArgumentError
 
 __all__ = [
+    "WORTHWHILE",
     "Device",
     "Hardware",
     "ProductTimes",
+    "cpu_gain",
     "detect",
     "detect_for",
     "fast_dtypes",
@@ -40,6 +43,13 @@ __all__ = [
 # CPU features with a bearing on 16-bit arithmetic, as Linux spells them; the words are for people.
 _BFLOAT16_FEATURES = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
 _FLOAT16_FEATURES = ("amx_fp16", "avx512_fp16", "asimdhp")
+
+# What promises speed of these: AMX has units of its own. AVX512-BF16 says how numbers are multiplied, not how fast: as
+# measured, a product is 1.9 times as fast as in float32 on an AMD EPYC, and 0.6 times on an Intel Xeon without AMX.
+_CERTAINLY_FAST = frozenset({"amx_bf16"})
+
+WORTHWHILE = 1.2
+"""The gain in a bare product below which the casts of a training step leave nothing of it."""
 
 _SIXTEEN_BIT_TENSOR_CORES = (7, 0)
 _BFLOAT16_TENSOR_CORES = (8, 0)
@@ -125,6 +135,18 @@ class ProductTimes:
         """How many times faster the 16-bit product is than the float32 one."""
         return self.float32_ms / self.dtype_ms
 
+    @property
+    def gains(self) -> bool:
+        """Whether the 16-bit product is so much faster that a training step gains from it."""
+        return self.ratio >= WORTHWHILE
+
+    def __str__(self) -> str:
+        """Both times in words, as the second half of a sentence."""
+        return (
+            f"a product of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
+            f"{self.dtype_ms:.2f} ms in {self.dtype} ({self.ratio:.1f}x)"
+        )
+
 
 def parse_cpuinfo(text: str) -> Device:
     r"""Reads the CPU's model and 16-bit features from the text of Linux's `/proc/cpuinfo`.
@@ -164,7 +186,9 @@ def parse_sysctl(text: str) -> Device:
     return Device("cpu", values.get("machdep.cpu.brand_string") or _processor(), features)
 
 
-def fast_dtypes(devices: Sequence[Device], *, onednn: bool = True) -> frozenset[str]:
+def fast_dtypes(
+    devices: Sequence[Device], *, onednn: bool = True, product: Callable[[str], ProductTimes] | None = None
+) -> frozenset[str]:
     """The 16-bit dtypes that these devices are known to multiply faster than float32.
 
     Where there are accelerators the CPU does not count, and where there are several the weakest decides.
@@ -172,6 +196,8 @@ def fast_dtypes(devices: Sequence[Device], *, onednn: bool = True) -> frozenset[
     Args:
         devices: as in `Hardware.devices`.
         onednn: whether TensorFlow may use oneDNN, which has the CPU's 16-bit products.
+        product: times a product in a dtype on the CPU, and is asked where its features do not tell how fast that is.
+            None to take every CPU with bfloat16 instructions to be fast in it.
 
     Returns:
         A subset of `{"bfloat16", "float16"}`.
@@ -181,11 +207,13 @@ def fast_dtypes(devices: Sequence[Device], *, onednn: bool = True) -> frozenset[
     ['float16']
     """
     accelerators = [device for device in devices if device.kind != "cpu"]
-    each = [_fast_dtypes(device, onednn) for device in accelerators or devices]
+    each = [_fast_dtypes(device, onednn, product) for device in accelerators or devices]
     return frozenset.intersection(*each) if each else frozenset()
 
 
-def recommend(devices: Sequence[Device], *, onednn: bool = True) -> Hardware:
+def recommend(
+    devices: Sequence[Device], *, onednn: bool = True, product: Callable[[str], ProductTimes] | None = None
+) -> Hardware:
     """Chooses the dtype policy and the compiler for a set of devices.
 
     The two are one choice: on a GPU and a TPU the 16-bit units are reached through XLA as well as without it, on a CPU
@@ -195,6 +223,7 @@ def recommend(devices: Sequence[Device], *, onednn: bool = True) -> Hardware:
     Args:
         devices: the devices to train on. GPUs and TPUs go before the CPU; the weakest of unlike GPUs decides.
         onednn: whether TensorFlow may use oneDNN (`TF_ENABLE_ONEDNN_OPTS` is not 0).
+        product: as for `fast_dtypes`.
 
     Returns:
         The same devices with a recommendation.
@@ -204,7 +233,7 @@ def recommend(devices: Sequence[Device], *, onednn: bool = True) -> Hardware:
     >>> hardware.recommended_policy, hardware.recommended_jit_compile
     ('mixed_float16', True)
     """
-    fast = fast_dtypes(devices, onednn=onednn)
+    fast = fast_dtypes(devices, onednn=onednn, product=product)
     policy = "mixed_bfloat16" if "bfloat16" in fast else "mixed_float16" if "float16" in fast else "float32"
     gpus = [device for device in devices if device.kind == "gpu"]
     tpus = [device for device in devices if device.kind == "tpu"]
@@ -213,15 +242,17 @@ def recommend(devices: Sequence[Device], *, onednn: bool = True) -> Hardware:
     elif gpus:
         reason = _gpu_reason(gpus)
     else:
-        reason = _cpu_reason(devices, onednn)
+        reason = _cpu_reason(devices, onednn, product)
     return Hardware(tuple(devices), policy, bool(tpus or gpus), reason, fast)
 
 
 def detect() -> Hardware:
     """Looks at the devices that TensorFlow may use here, and chooses the dtype policy and the compiler for them.
 
-    Cheap, and never stale: only the CPU's features are remembered, while GPUs and TPUs are listed at every call, so
-    that `tf.config.set_visible_devices` and a TPU system initialised later are seen. It does not start TensorFlow's
+    Never stale: only what is known of the CPU is remembered, while GPUs and TPUs are listed at every call, so that
+    `tf.config.set_visible_devices` and a TPU system initialised later are seen. Where a CPU decides that has bfloat16
+    instructions but no AMX, of which some are slower in bfloat16 than in float32, a product is timed, once per process
+    and in under half a second, as by `keras_mp.hardware.measure`. It does not start TensorFlow's
     runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
 
     Returns:
@@ -235,7 +266,7 @@ def detect() -> Hardware:
     >>> hardware.recommended_policy in ("float32", "mixed_bfloat16", "mixed_float16")
     True
     """
-    return recommend((_cpu(), *_gpus(), *_tpus()), onednn=_onednn_enabled())
+    return _recommended(_devices())
 
 
 def detect_for(strategy: "tf.distribute.Strategy | None") -> Hardware:
@@ -252,13 +283,12 @@ def detect_for(strategy: "tf.distribute.Strategy | None") -> Hardware:
     >>> detect_for(tf.distribute.OneDeviceStrategy("CPU:0")).accelerators
     ()
     """
-    found = detect()
-    if strategy is None or backend.is_default_strategy(strategy):
-        return found
-    specs = [tf.DeviceSpec.from_string(device) for device in strategy.extended.worker_devices]
-    kinds = {(spec.device_type or "CPU").lower() for spec in specs}
-    devices = [device for device in found.devices if device.kind == "cpu" or device.kind in kinds]
-    return recommend(devices, onednn=_onednn_enabled())
+    devices = _devices()
+    if strategy is not None and not backend.is_default_strategy(strategy):
+        specs = [tf.DeviceSpec.from_string(device) for device in strategy.extended.worker_devices]
+        kinds = {"cpu", *((spec.device_type or "CPU").lower() for spec in specs)}
+        devices = [device for device in devices if device.kind in kinds]
+    return _recommended(devices)
 
 
 def remember(strategy: "tf.distribute.Strategy") -> None:
@@ -281,13 +311,27 @@ def fusion_is_safe(dtypes: Set[str], here: Hardware | None = None) -> bool:
 
     Args:
         dtypes: those that are multiplied in.
-        here: the hardware; None for what `detect` finds.
+        here: the hardware; None for all devices here.
 
     Example:
     >>> fusion_is_safe({"float16"}, recommend([Device("cpu", "Xeon")])), fusion_is_safe({"bfloat16"})
     (False, True)
     """
-    return "float16" not in dtypes or bool((here or detect()).accelerators)
+    devices = _devices() if here is None else here.devices
+    return "float16" not in dtypes or any(device.kind != "cpu" for device in devices)
+
+
+def cpu_gain(dtype: str) -> float:
+    """How many times faster the CPU here multiplies in a 16-bit dtype than in float32.
+
+    Args:
+        dtype: `"bfloat16"` or `"float16"`.
+
+    Returns:
+        The ratio that `measure` finds; infinity where the CPU's features leave no doubt, and nothing is measured.
+    """
+    certain = dtype == "bfloat16" and _onednn_enabled() and not _CERTAINLY_FAST.isdisjoint(_cpu().features)
+    return math.inf if certain else measure(dtype).ratio
 
 
 def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
@@ -318,7 +362,7 @@ def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
     """
     if dtype not in ("bfloat16", "float16"):
         raise ArgumentError(f'measure(dtype={dtype!r}): expected "bfloat16" or "float16".')
-    here = {"CPU"} | {found.kind.upper() for found in detect().devices}
+    here = {"CPU"} | {found.kind.upper() for found in _devices()}
     if device not in here:
         raise ArgumentError(
             f"measure(device={device!r}): expected a kind of device that is here: "
@@ -327,7 +371,15 @@ def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
     return _measure(dtype, device)
 
 
-def _fast_dtypes(device: Device, onednn: bool) -> frozenset[str]:
+def _devices() -> list[Device]:
+    return [_cpu(), *_gpus(), *_tpus()]
+
+
+def _recommended(devices: Sequence[Device]) -> Hardware:
+    return recommend(devices, onednn=_onednn_enabled(), product=measure)
+
+
+def _fast_dtypes(device: Device, onednn: bool, product: Callable[[str], ProductTimes] | None) -> frozenset[str]:
     if device.kind == "tpu":
         return frozenset({"bfloat16"})
     if device.kind == "gpu":
@@ -335,7 +387,11 @@ def _fast_dtypes(device: Device, onednn: bool) -> frozenset[str]:
         if capability is None or capability < _SIXTEEN_BIT_TENSOR_CORES:
             return frozenset()
         return frozenset({"float16"} if capability < _BFLOAT16_TENSOR_CORES else {"bfloat16", "float16"})
-    return frozenset({"bfloat16"} if onednn and set(device.features) & set(_BFLOAT16_FEATURES) else ())
+    if not onednn or _BFLOAT16_FEATURES.keys().isdisjoint(device.features):
+        return frozenset()
+    if product is None or not _CERTAINLY_FAST.isdisjoint(device.features):
+        return frozenset({"bfloat16"})
+    return frozenset({"bfloat16"} if product("bfloat16").gains else ())
 
 
 def _gpu_reason(gpus: list[Device]) -> str:
@@ -361,7 +417,7 @@ def _gpu_reason(gpus: list[Device]) -> str:
     return f"{which[0].upper()}{which[1:]}, {gain}. {compiled}"
 
 
-def _cpu_reason(devices: Sequence[Device], onednn: bool) -> str:
+def _cpu_reason(devices: Sequence[Device], onednn: bool, product: Callable[[str], ProductTimes] | None) -> str:
     names = _names(devices) if devices else "this CPU"
     words = [word for feature, word in _BFLOAT16_FEATURES.items() if any(feature in each.features for each in devices)]
     if not words:
@@ -370,6 +426,11 @@ def _cpu_reason(devices: Sequence[Device], onednn: bool) -> str:
         return (
             f"{names} has {' and '.join(words)}, but oneDNN, whose kernels use it, is switched off "
             "(TF_ENABLE_ONEDNN_OPTS=0)."
+        )
+    if product is not None and not fast_dtypes(devices, product=product):
+        return (
+            f"{names} has {' and '.join(words)}, but is no faster for it: {product('bfloat16')}. On such a CPU 16 bits "
+            "save memory, not time."
         )
     return (
         f"{names} has {' and '.join(words)}, which oneDNN's bfloat16 kernels use; XLA on a CPU does not use those "

@@ -31,9 +31,6 @@ _NAMES = ("auto", "float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "flo
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _OTHER_NAMES = {"amp": "auto", "double": "float64", "fp32": "float32", "fp64": "float64", "half": "mixed_float16"}
 
-# The gain in a bare product below which casts and the other ops of a training step leave nothing of it.
-_WORTHWHILE = 1.5
-
 # The smallest change, relative to a weight, that a weight in that dtype can hold.
 _STEP = {"float16": "1/2048", "bfloat16": "1/256"}
 
@@ -88,9 +85,12 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     Raises:
         PolicyError: as `set_policy` does.
     """
-    here = hardware.in_use()
     automatic = isinstance(policy, str) and policy == "auto"
-    wanted = _resolve(here.recommended_policy if automatic else policy)
+    wanted = _resolve(hardware.in_use().recommended_policy if automatic else policy)
+    dtypes = {dtype for each in _members(wanted) for dtype in (each.compute_dtype, each.variable_dtype)}
+    if dtypes.isdisjoint(_STEP):  # nothing to be said of it, so no product need be timed
+        return wanted
+    here = hardware.in_use()
     if not automatic:
         for message in advice(wanted, here, call=call):
             warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
@@ -298,15 +298,9 @@ def _useless(dtype: str, here: hardware.Hardware, measure: Callable[[str], hardw
         known = all(device.kind != "gpu" or device.compute_capability for device in here.accelerators)
         return f"{dtype} gains nothing on this hardware. {here.reason.rstrip('.')}" if known else None
     times = measure(dtype)
-    return _slow_product(times) if times.ratio < _WORTHWHILE else None
-
-
-def _slow_product(times: hardware.ProductTimes) -> str:
-    return (
-        f"{times.dtype} gains nothing on this CPU: a product of two {times.size} x {times.size} matrices takes "
-        f"{times.dtype_ms:.2f} ms in {times.dtype} and {times.float32_ms:.2f} ms in float32 ({times.ratio:.1f}x), and "
-        "casts come on top. Training works, and is slower for it"
-    )
+    if times.gains:
+        return None
+    return f"{dtype} gains nothing on this CPU: {times}, and casts come on top. Training works, and is slower for it"
 
 
 def stacklevel() -> int:

@@ -2,13 +2,14 @@
 
 import functools
 import gc
+import math
 import os
 
 # The suite runs one process a core; TensorFlow would start as many threads in each.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
+from keras_mp import backend, hardware  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
 
 import keras
 import pytest
@@ -50,6 +51,18 @@ def _isolated_global_state():
 def _restore():
     keras.config.set_dtype_policy(_POLICY)
     backend.set_remapper(_REMAPPER)
+
+
+def pytest_configure(config):
+    """Whether a policy gains something is the hardware's to say; tests/test_policy.py is about what is said of it."""
+    config.addinivalue_line("filterwarnings", "ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
+
+
+@pytest.fixture(params=[math.inf, 0.5], ids=["fast in 16 bits", "slow in 16 bits"])
+def gain_of_16_bits(request, monkeypatch):
+    """How many times faster products are taken to be in 16 bits than in float32, whatever CPU is here."""
+    monkeypatch.setattr(hardware, "cpu_gain", lambda dtype: request.param)
+    return request.param
 
 
 def pytest_collection_finish():

@@ -11,9 +11,6 @@ import keras_mp
 from keras_mp.convert import OutputCast, duplicate
 from keras_mp.errors import ConversionError, KerasMPWarning, PolicyError
 
-# float16 gains nothing on a CPU, of which `convert` warns; tests/test_policy.py is about that.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
-
 layers = keras.layers
 MIXED = ("mixed_bfloat16", "mixed_float16")
 # Of the largest output: some roundings to the dtype, one after the other.

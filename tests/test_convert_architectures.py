@@ -13,8 +13,6 @@ import tensorflow as tf
 import keras_mp
 
 pytestmark = [
-    # float16 gains nothing on a CPU, of which `convert` warns; tests/test_policy.py is about that.
-    pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning"),
     # KerasHub's T5 says so when it is made.
     pytest.mark.filterwarnings("ignore:.*does not support masking and will therefore destroy:UserWarning"),
 ]

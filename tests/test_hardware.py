@@ -121,6 +121,50 @@ def test_a_cpu_is_not_recommended_kernels_that_are_switched_off():
     assert recommend([AMX, AMPERE], onednn=False).recommended_policy == "mixed_bfloat16"
 
 
+def product_times(dtype, ratio):
+    return ProductTimes("CPU", 768, dtype, float32_ms=4.0 * ratio, dtype_ms=4.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "ratio", "policy", "reason"),
+    [
+        (ZEN4, 1.9, "mixed_bfloat16", "EPYC 9654 has AVX512-BF16, which oneDNN's bfloat16 kernels use"),
+        (ZEN4, 1.2, "mixed_bfloat16", "which oneDNN's bfloat16 kernels use"),
+        (
+            ZEN4,
+            0.5,
+            "float32",
+            "EPYC 9654 has AVX512-BF16, but is no faster for it: a product of two 768 x 768 matrices takes 2.00 ms in "
+            "float32 and 4.00 ms in bfloat16 (0.5x). On such a CPU 16 bits save memory, not time.",
+        ),
+        (GRAVITON3, 1.1, "float32", "has Arm BF16, but is no faster for it"),
+    ],
+)
+def test_a_cpu_with_bfloat16_instructions_must_be_seen_to_be_fast(device, ratio, policy, reason):
+    found = recommend([device], product=lambda dtype: product_times(dtype, ratio))
+    assert (found.recommended_policy, found.recommended_jit_compile) == (policy, False)
+    assert found.fast_dtypes == ({"bfloat16"} if policy != "float32" else set())
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("devices", "onednn"), [([AMX], True), ([AMX], False), ([SKYLAKE], True), ([ZEN4], False), ([ZEN4, AMPERE], True)]
+)
+def test_no_product_is_timed_where_it_decides_nothing(devices, onednn):
+    def product(dtype):
+        raise AssertionError(f"timed {dtype}")
+
+    assert recommend(devices, onednn=onednn, product=product) == recommend(devices, onednn=onednn)
+
+
+def test_what_detect_recommends_on_a_cpu_agrees_with_what_it_measures():
+    found = detect()
+    if not found.accelerators and found.recommended_policy == "mixed_bfloat16":
+        assert measure("bfloat16").gains or "amx_bf16" in found.devices[0].features
+    elif not found.accelerators and set(found.devices[0].features) & {"avx512_bf16", "bf16"}:
+        assert str(measure("bfloat16")) in found.reason
+
+
 def test_fast_dtypes_are_those_of_every_accelerator():
     assert fast_dtypes([SKYLAKE, AMPERE]) == {"bfloat16", "float16"}
     assert fast_dtypes([AMX, VOLTA]) == {"float16"}
@@ -150,7 +194,7 @@ def test_detect_is_not_stale(monkeypatch):
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     assert detect().recommended_policy == "float32"
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
-    assert detect() == enabled == recommend(enabled.devices)
+    assert detect() == enabled == recommend(enabled.devices, product=measure)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

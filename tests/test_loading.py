@@ -7,11 +7,8 @@ import pytest
 import keras_mp
 from keras_mp.errors import ArgumentError, ConversionError
 
-pytestmark = [
-    # float16 gains nothing on a CPU, and wants our optimizer, of which we warn; other tests are about that.
-    pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning"),
-    pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning"),
-]
+# float16 wants our optimizer, of which we warn; other tests are about that.
+pytestmark = pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning")
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 1)).astype("float32")

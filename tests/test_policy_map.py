@@ -10,9 +10,6 @@ from hypothesis import strategies as st
 import keras_mp
 from keras_mp.errors import PolicyError
 
-# Of a CPU that is no faster in 16 bits `set_policy` warns; tests/test_policy.py is about that.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
-
 LOGITS_IN_FLOAT32 = {r".*/logits": "float32"}
 
 

@@ -216,9 +216,6 @@ def test_a_stock_model_made_outside_comes_into_the_scope_as_a_copy(mirrored):
     assert not np.allclose(again.get_weights()[0], stock.get_weights()[0])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning"
-)  # of what gains on this machine
 def test_a_conversion_keeps_what_compile_was_asked(mirrored):
     with mirrored(2).scope():
         model = classifier(keras_mp.Model)

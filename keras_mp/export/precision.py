@@ -91,7 +91,7 @@ def _without_groups(model: keras.Model) -> keras.Model:
 
 
 def _in_precision(model: keras.Model, precision: str) -> keras.Model:
-    narrow, here = narrow_dtypes(model), hardware.detect()
+    narrow = narrow_dtypes(model)
     if not narrow:
         if precision == "mixed":
             _warn(
@@ -99,6 +99,7 @@ def _in_precision(model: keras.Model, precision: str) -> keras.Model:
                 "Type keras_mp.convert(model, 'mixed_bfloat16') first, or precision='float32'."
             )
         return model
+    here = hardware.detect()
     if precision == "mixed" or (precision == "auto" and narrow <= here.fast_dtypes):
         if "float16" in narrow and not here.accelerators:
             _warn(

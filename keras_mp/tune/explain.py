@@ -23,8 +23,6 @@ __all__ = [
     "listed",
 ]
 
-# Below this gain in a bare product, casts and the other ops of a step leave nothing of it.
-_WORTHWHILE = 1.5
 
 # About what a product of three matrices' sides of 128 takes: below it, starting it and casting cost more than it.
 _SMALL_FLOPS = 2.0 * 128**3
@@ -72,13 +70,8 @@ def about_products(times: Sequence[ProductTimes]) -> list[str]:
     """
     sentences = []
     for each in times:
-        gains = (
-            "gains enough to pay for casts" if each.ratio >= _WORTHWHILE else "gains nothing once casts are paid for"
-        )
-        sentences.append(
-            f"On this {each.device} a product of two {each.size} x {each.size} matrices takes {each.float32_ms:.2f} ms "
-            f"in float32 and {each.dtype_ms:.2f} ms in {each.dtype} ({each.ratio:.1f}x): {each.dtype} {gains}."
-        )
+        gains = "gains enough to pay for casts" if each.gains else "gains nothing once casts are paid for"
+        sentences.append(f"On this {each.device} {each}: {each.dtype} {gains}.")
     return sentences
 
 
@@ -124,7 +117,7 @@ def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> li
         "normalization, the optimizer and Python, which faster products do not shorten."
     ]
     best = max(times, key=lambda each: each.ratio)
-    if best.ratio >= _WORTHWHILE:
+    if best.gains:
         most = 1 / (1 - share + share / best.ratio)
         sentences[0] += (
             f" So {best.dtype} products alone make the step {most:.1f} times as fast at most; what is gained beyond is "
