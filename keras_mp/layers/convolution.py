@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, fusion
+from keras_mp import backend, fusion, products
 from keras_mp.layers.dense import add_bias
 
 __all__ = ["Conv2D", "DepthwiseConv2D"]
@@ -91,24 +91,11 @@ class Conv2D(keras.layers.Conv2D):
             shape = self.compute_output_shape(tuple(inputs.shape))
             # Of no rows TensorFlow answers with the shape of the input.
             return y if max(self.strides) == 1 or None in shape[1:] else tf.reshape(y, [-1, *shape[1:]])
-        if self.groups != 1 or not _differs(self, inputs, kernel):
+        if self.groups != 1 or not _is_on_cpu(self, inputs) or inputs.dtype != kernel.dtype or not backend.recording():
             return convolve(inputs, kernel)
-        outputs = self.compute_output_shape(tuple(inputs.shape))
-        if self.kernel_size == (1, 1) and outputs[2] <= _SMALL_POINTWISE:
-            to_kernel: _KernelGradient = functools.partial(_pointwise, strides=self.strides)
-        elif self.strides == (1, 1) and outputs[2] <= _SMALL:
-            to_kernel = functools.partial(_by_offsets, size=self.kernel_size, padding=self.padding)
-        elif inputs.dtype == tf.bfloat16 and outputs[2] <= _SMALL_STRIDED:
-            to_kernel = functools.partial(
-                _by_patches, size=self.kernel_size, strides=self.strides, padding=self.padding
-            )
-        else:
-            return convolve(inputs, kernel)
-
-        def to_inputs(kernel: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-            return tf.nn.conv2d_transpose(upstream, kernel, tf.shape(inputs), self.strides, self.padding.upper())
-
-        return _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
+        if _differs(self, inputs, kernel):
+            convolve = functools.partial(_convolution, self, convolve)
+        return products.product(convolve, inputs, kernel)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -152,9 +139,32 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         kernel = tf.convert_to_tensor(self.kernel)
         return (
             _finished(self, _depthwise(self, inputs, kernel))
-            if _differs(self, inputs, kernel, _FLOATS)
+            if _differs(self, inputs, kernel)
             else super().call(inputs)
         )
+
+
+def _convolution(
+    layer: Any, convolve: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], inputs: tf.Tensor, kernel: tf.Tensor
+) -> tf.Tensor:
+    """A convolution with the gradient to the kernel that is the fastest for its sizes."""
+    size, strides, padding = layer.kernel_size, layer.strides, layer.padding
+    width = layer.compute_output_shape(tuple(inputs.shape))[2]
+    if inputs.dtype not in _FAST:
+        return convolve(inputs, kernel)
+    if size == (1, 1) and width <= _SMALL_POINTWISE:
+        to_kernel: _KernelGradient = functools.partial(_pointwise, strides=strides)
+    elif strides == (1, 1) and width <= _SMALL:
+        to_kernel = functools.partial(_by_offsets, size=size, padding=padding)
+    elif inputs.dtype == tf.bfloat16 and width <= _SMALL_STRIDED:
+        to_kernel = functools.partial(_by_patches, size=size, strides=strides, padding=padding)
+    else:
+        return convolve(inputs, kernel)
+
+    def to_inputs(kernel: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+        return tf.nn.conv2d_transpose(upstream, kernel, tf.shape(inputs), strides, padding.upper())
+
+    return _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
 
 
 def _finished(layer: Any, outputs: tf.Tensor) -> tf.Tensor:
@@ -165,22 +175,22 @@ def _finished(layer: Any, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def _is_on_cpu(layer: Any, inputs: Any) -> bool:
-    """Whether a convolution of images, channels last and without dilation, runs in ops of its own on a CPU."""
+    """Whether a convolution of images, channels last, runs in ops of its own on a CPU."""
     return (
         isinstance(inputs, tf.Tensor)
         and inputs.shape.rank == 4
         and layer.data_format == "channels_last"
-        and math.prod(layer.dilation_rate) == 1
         and backend.on_cpu()
         and not backend.in_xla_context()
     )
 
 
-def _differs(layer: Any, inputs: Any, kernel: Any, dtypes: tuple[tf.DType, ...] = _FAST) -> bool:
+def _differs(layer: Any, inputs: Any, kernel: Any) -> bool:
     """Whether the gradient to the kernel may be taken in another way than TensorFlow's."""
     return (
         _is_on_cpu(layer, inputs)
-        and inputs.dtype in dtypes
+        and math.prod(layer.dilation_rate) == 1
+        and inputs.dtype in _FLOATS
         and inputs.dtype == kernel.dtype
         and None not in inputs.shape[1:].as_list()
         and backend.recording()
@@ -192,6 +202,7 @@ def _is_depthwise(layer: Any, inputs: Any) -> bool:
     return (
         layer.groups > 1
         and _is_on_cpu(layer, inputs)
+        and math.prod(layer.dilation_rate) == 1
         and inputs.shape[-1] == layer.groups
         and len(set(layer.strides)) == 1
     )
@@ -199,6 +210,12 @@ def _is_depthwise(layer: Any, inputs: Any) -> bool:
 
 def _depthwise(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """The depthwise convolution with a kernel of shape (height, width, channels, multiplier)."""
+    if _differs(layer, inputs, kernel):
+        return products.product(functools.partial(_depthwise_with_gradients, layer), inputs, kernel)
+    return tf.nn.depthwise_conv2d(inputs, kernel, (1, *layer.strides, 1), layer.padding.upper())
+
+
+def _depthwise_with_gradients(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     strides, padding = (1, *layer.strides, 1), layer.padding.upper()
     has_strides, dtype, size = math.prod(layer.strides) > 1, inputs.dtype, tuple(kernel.shape)
 
@@ -220,8 +237,6 @@ def _depthwise(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         # Of no rows, as a replica's share of a last batch may be, TensorFlow answers with what was in memory.
         return tf.where(tf.size(upstream) > 0, gradient, tf.zeros_like(gradient))
 
-    if not _differs(layer, inputs, kernel, _FLOATS):
-        return convolve(inputs, kernel)
     return _convolved(convolve, to_inputs, to_kernel, inputs, kernel)
 
 

@@ -6,6 +6,7 @@ Products of a tensor with more axes, as attention has them, become one of two ma
 gradient to the kernel once for each row of the batch, in 16 bits, and add these up.
 """
 
+import functools
 import math
 import string
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, products
 
 __all__ = ["Dense", "EinsumDense", "add_bias"]
 
@@ -94,14 +95,16 @@ class EinsumDense(keras.layers.EinsumDense):
         """Computes activation(einsum(equation, inputs, kernel) + bias); see the class."""
         kernel, rank = tf.convert_to_tensor(self.kernel), inputs.shape.rank
         equation = self.equation if rank is None else _spelled_out(self.equation, rank)
-        kept = _kept_axes(equation) if _takes(inputs, kernel) else 0
+        takes = _takes(inputs, kernel)
+        kept = _kept_axes(equation) if takes else 0
         bias = self.bias
         if kept:
             whole = bias is not None and tuple(bias.shape) == tuple(kernel.shape[rank - kept :])
             outputs = _affine(inputs, kernel, bias if whole else None, kept)
             bias = None if whole else bias
         else:
-            outputs = keras.ops.einsum(equation, inputs, kernel)
+            einsum = functools.partial(keras.ops.einsum, equation)
+            outputs = products.product(einsum, inputs, kernel) if takes else einsum(inputs, kernel)
         if bias is not None:
             outputs = keras.ops.add(outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
@@ -130,7 +133,7 @@ def _sum_of_rows(x: tf.Tensor) -> tf.Tensor:
     rows = tf.reshape(x, [-1, x.shape[-1]])
     if backend.in_xla_context():
         return tf.cast(tf.reduce_sum(tf.cast(rows, tf.float32), 0), x.dtype)
-    return tf.matmul(tf.ones([1, tf.shape(rows)[0]], x.dtype), rows)[0]
+    return products.product(tf.matmul, tf.ones([1, tf.shape(rows)[0]], x.dtype), rows)[0]
 
 
 def _takes(inputs: Any, kernel: tf.Tensor) -> bool:
@@ -153,13 +156,20 @@ def _affine(inputs: tf.Tensor, kernel: tf.Tensor, bias: Any, kept: int) -> tf.Te
     """The product of inputs and kernel over the inputs' axes after the first `kept`, and the bias."""
     summed = inputs.shape.rank - kept
     sizes, size = kernel.shape[summed:].as_list(), math.prod(kernel.shape[:summed])
-    outputs = tf.matmul(tf.reshape(inputs, [-1, size]), tf.reshape(kernel, [size, -1]))
+    factors = [tf.reshape(inputs, [-1, size]), tf.reshape(kernel, [size, -1])]
     if bias is not None:
-        outputs = add_bias(outputs, tf.reshape(tf.convert_to_tensor(bias), [-1]))
+        factors.append(tf.reshape(tf.convert_to_tensor(bias), [-1]))
+    outputs = products.product(_affine_of, *factors)
     if kept == 1 and len(sizes) == 1:
         return outputs
     outputs = tf.reshape(outputs, [*keras.ops.shape(inputs)[:kept], *sizes])
     return tf.ensure_shape(outputs, [*inputs.shape[:kept], *sizes])
+
+
+def _affine_of(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
+    """The product of two matrices, and a bias for each column."""
+    outputs = tf.matmul(rows, kernel)
+    return outputs if bias is None else add_bias(outputs, bias)
 
 
 def _spelled_out(equation: str, rank: int) -> str:

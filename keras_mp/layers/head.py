@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.errors import ArgumentError
+from keras_mp.products import are_wide
 
 __all__ = ["Head"]
 
@@ -96,28 +97,29 @@ class Head(keras.layers.Dense):
         )
 
 
-def _matmul(a: Any, b: Any, output_dtype: tf.DType, transpose_a: bool = False, transpose_b: bool = False) -> Any:
+def _matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: tf.DType, wide: bool) -> Any:
     """Product of two matrices of one 16-bit dtype, summed in float32, with gradients of any order.
 
     TensorFlow's 16-bit product rounds its sums to 16 bits, except by XLA. Outside XLA a float32 result is that of a
     float32 product, exact in the products of 16-bit numbers (as NVIDIA's TF32 is), and half as fast as a 16-bit one.
+    Where that is not so, on some CPUs, all are `wide`.
     """
 
     @tf.custom_gradient
     def product(a: Any, b: Any) -> Any:
         def gradient(upstream: Any) -> tuple[Any, Any]:
             g = tf.cast(upstream, a.dtype)
-            to_a = (b, g, a.dtype, transpose_b, True) if transpose_a else (g, b, a.dtype, False, not transpose_b)
-            to_b = (g, a, b.dtype, True, transpose_a) if transpose_b else (a, g, b.dtype, not transpose_a, False)
-            return _matmul(*to_a), _matmul(*to_b)
+            to_a = (b, g, transpose_b, True) if transpose_a else (g, b, False, not transpose_b)
+            to_b = (g, a, True, transpose_a) if transpose_b else (a, g, not transpose_a, False)
+            return _matmul(*to_a, a.dtype, wide), _matmul(*to_b, b.dtype, wide)
 
-        if output_dtype == a.dtype:
+        if output_dtype == a.dtype and not wide:
             return tf.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b), gradient
         if backend.in_xla_context():
             y = tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=output_dtype, adj_x=transpose_a, adj_y=transpose_b)
         else:
-            wide_a, wide_b = tf.cast(a, output_dtype), tf.cast(b, output_dtype)
-            y = tf.matmul(wide_a, wide_b, transpose_a=transpose_a, transpose_b=transpose_b)
+            wide_a, wide_b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
+            y = tf.cast(tf.matmul(wide_a, wide_b, transpose_a=transpose_a, transpose_b=transpose_b), output_dtype)
         return y, gradient
 
     return product(a, b)
@@ -125,17 +127,18 @@ def _matmul(a: Any, b: Any, output_dtype: tf.DType, transpose_a: bool = False, t
 
 def _product(x: Any, kernel: Any) -> Any:
     """The product in float32 of 16-bit `x`, of any rank, and a kernel that is rounded to the dtype of `x`."""
+    wide = are_wide(x.dtype)
 
     @tf.custom_gradient
     def product(x: Any, kernel: Any) -> Any:
         def gradient(upstream: Any) -> tuple[Any, Any]:
             g = tf.cast(upstream, x.dtype)
-            to_x = _matmul(g, tf.cast(kernel, x.dtype), x.dtype, transpose_b=True)
+            to_x = _matmul(g, tf.cast(kernel, x.dtype), False, True, x.dtype, wide)
             # XLA's product does not round the sums over the batch; TensorFlow's is the one that `Dense` has.
-            to_kernel = _matmul(x, g, tf.float32 if backend.in_xla_context() else x.dtype, transpose_a=True)
+            to_kernel = _matmul(x, g, True, False, tf.float32 if backend.in_xla_context() else x.dtype, wide)
             return to_x, tf.cast(to_kernel, kernel.dtype)
 
-        return _matmul(x, tf.cast(kernel, x.dtype), tf.float32), gradient
+        return _matmul(x, tf.cast(kernel, x.dtype), False, False, tf.float32, wide), gradient
 
     if len(x.shape) == 2:
         return product(x, kernel)

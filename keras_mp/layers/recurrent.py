@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, products
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "SimpleRNN", "SimpleRNNCell", "StackedRNNCells"]
 
@@ -430,7 +430,8 @@ class _Loop(_WideStates):
             x = tf.reverse(x, [0])
             mask = None if mask is None else tf.reverse(mask, [0])
         kernel = backend.uncast(cell.kernel)
-        product = tf.matmul(tf.reshape(x, [-1, x.shape[2]]), tf.cast(kernel, x.dtype))
+        factors = tf.reshape(x, [-1, x.shape[2]]), tf.cast(kernel, x.dtype)
+        product = products.product(tf.matmul, *factors) if backend.recording() else tf.matmul(*factors)
         product = tf.reshape(product, [*keras.ops.shape(x)[:2], kernel.shape[1]])
         outputs, states = _recurrence(
             cell,
