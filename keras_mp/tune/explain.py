@@ -86,7 +86,7 @@ def about_hardware(here: Hardware) -> list[str]:
     if here.accelerators:
         need = "NVIDIA GPUs multiply faster in float16 from compute capability 7.0 on, and in bfloat16 from 8.0 on"
     else:
-        need = "CPUs with AMX-BF16, AVX512-BF16 or Arm's BF16 multiply faster in bfloat16, and GPUs and TPUs do"
+        need = "CPUs with AMX-BF16 multiply faster in bfloat16, some with AVX512-BF16 do, and GPUs and TPUs do"
     return [f"{here.reason} {need}. Type keras-mp doctor on a machine to see what it has."]
 
 
