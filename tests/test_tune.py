@@ -283,7 +283,7 @@ def test_sizes_that_are_no_multiples_of_8_are_named_where_the_hardware_cares():
     ("device", "words"),
     [
         (AMX, "Xeon has AMX-BF16"),
-        (Device("cpu", "Old"), "CPUs with AMX-BF16, AVX512-BF16 or Arm's BF16"),
+        (Device("cpu", "Old"), "CPUs with AMX-BF16 multiply faster in bfloat16, some with AVX512-BF16 do"),
         (Device("gpu", "P100", compute_capability=(6, 0)), "from compute capability 7.0 on"),
     ],
 )
@@ -539,7 +539,8 @@ def test_steps_that_diverge_on_the_one_batch_leave_the_others_timed(optimizer):
     x, y = batch()
     tuning = keras_mp.tune(model, (3 * x, 3 * y), **QUICK)
     assert tuning.candidates[0].step_ms is not None
-    assert [each.policy for each in tuning.candidates] == ["float32", "mixed_bfloat16", "mixed_float16"]
+    # What multiplies faster here is tried first.
+    assert sorted(each.policy for each in tuning.candidates) == ["float32", "mixed_bfloat16", "mixed_float16"]
 
 
 def test_a_candidate_that_overflows_is_ruled_out_and_the_others_are_timed():
