@@ -489,9 +489,12 @@ def _case_lines(group: Mapping[str, Any]) -> list[str]:
 
 def _time_ratio_lines(group: Mapping[str, Any]) -> list[str]:
     times = group["times_ms"]
-    lines = []
+    lines, seen = [], set()
     for comparison in group["comparisons"]:
         against = min(comparison["against"], key=lambda name: statistics.median(times[name]))
+        if (comparison["case"], against) in seen:  # the fastest of several is one that was compared with already
+            continue
+        seen.add((comparison["case"], against))
         each = spread(paired_ratios(times[comparison["case"]], times[against]))
         cells = [
             f"{each.median:.2f}",

@@ -119,13 +119,16 @@ def test_the_reason_says_what_to_type(chosen, others, words):
 def test_a_tuning_prints_as_a_table_with_its_sentences():
     others = [candidate("mixed_float16", ratio=None, agrees=None, why="failed: no such thing")]
     others.append(candidate("mixed_bfloat16", ratio=0.5, error=0.4, agrees=False))
+    others.append(candidate("mixed_bfloat16", ratio=1.3, converted=True))
     text = str(Tuning("float32", False, 1, "Because.", (CURRENT, *others), ["Firstly [this]."]))
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[0] == "│"]
     assert rows == [
         ["*", "float32", "False", "1", "10.00", "1.00", "-", "as it is"],
         ["", "mixed_float16", "False", "1", "-", "-", "-", "failed: no such thing"],
         ["", "mixed_bfloat16", "False", "1", "5.00", "0.50", "4.0e-01", "outputs disagree"],
+        ["", "mixed_bfloat16", "False", "1", "13.00", "1.30", "-", "by convert"],
     ]
+    assert "over float32: the median over all rounds" in " ".join(text.split())
     assert text.endswith("Because.\nFirstly [this].")
 
 

@@ -79,10 +79,12 @@ class Tuning:
 
     def table(self) -> Table:
         """The candidates as a table of `rich`, the recommended one marked."""
-        table = Table("", "policy", "jit_compile", "steps_per_execution", "step, ms", "over float32", "error", "")
+        caption = "over float32: the median over all rounds of a step's time over that in float32 of the same round"
+        columns = ("", "policy", "jit_compile", "steps_per_execution", "step, ms", "over float32", "error", "")
+        table = Table(*columns, caption=caption)
         chosen = recommend(self.candidates)
         for each in self.candidates:
-            remarks = ["as it is"] if each.current else []
+            remarks = ["as it is"] if each.current else ["by convert"] if each.converted else []
             if each.agrees is False:
                 remarks.append("outputs disagree")
             if each.why:
