@@ -635,4 +635,5 @@ def test_slow_convolutions_of_keras_are_told_of_before_training(layer, policy, w
         assert "depthwise_conv2d" in told[0]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", ".*gains nothing on this", KerasMPWarning)
             keras_mp.convert(model, "mixed_bfloat16").compile("sgd", "mse")
