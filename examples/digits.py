@@ -81,7 +81,7 @@ def build_model(image_shape: tuple[int, int, int], num_classes: int) -> keras.Mo
     """A small convolutional network that gives logits, in the global policy."""
     image = x = keras.Input(image_shape, name="image")
     for filters in (64, 128):
-        x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = keras_mp.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
         # Keras's momentum of 0.99 needs more steps than the demo takes.
         x = keras_mp.layers.BatchNormalization(momentum=0.9)(x)
         x = keras.layers.ReLU()(x)
@@ -89,7 +89,7 @@ def build_model(image_shape: tuple[int, int, int], num_classes: int) -> keras.Mo
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dropout(0.3)(x)
     # The logits are products, which 16 bits do well; their loss and softmax want float32.
-    x = keras.layers.Dense(num_classes)(x)
+    x = keras_mp.layers.Dense(num_classes)(x)
     return keras.Model(image, keras_mp.layers.Float32(keras.layers.Activation("linear"), name="logits")(x))
 
 

@@ -32,7 +32,7 @@ def build_generator(image_shape: tuple[int, int, int]) -> keras.Model:
     """A network that makes images in [-1, 1] of noise, in the global policy."""
     height, width, channels = image_shape
     noise = x = keras.Input((LATENT_SIZE,), name="noise")
-    x = keras.layers.Dense(height // 4 * (width // 4) * 128, use_bias=False)(x)
+    x = keras_mp.layers.Dense(height // 4 * (width // 4) * 128, use_bias=False)(x)
     x = keras.layers.Reshape((height // 4, width // 4, 128))(x)
     for filters in (64, 32):
         x = keras_mp.layers.BatchNormalization(momentum=0.9)(x)
@@ -40,7 +40,7 @@ def build_generator(image_shape: tuple[int, int, int]) -> keras.Model:
         x = keras.layers.Conv2DTranspose(filters, 4, strides=2, padding="same", use_bias=False)(x)
     x = keras_mp.layers.BatchNormalization(momentum=0.9)(x)
     x = keras.layers.ReLU()(x)
-    x = keras.layers.Conv2D(channels, 3, padding="same")(x)
+    x = keras_mp.layers.Conv2D(channels, 3, padding="same")(x)
     # What leaves a model is float32: images here, logits below.
     return keras.Model(noise, keras_mp.layers.Float32(keras.layers.Activation("tanh"), name="image")(x))
 
@@ -49,10 +49,10 @@ def build_discriminator(image_shape: tuple[int, int, int], dropout: float = 0.1)
     """A network that tells real images from generated ones by one logit, in the global policy."""
     image = x = keras.Input(image_shape, name="image")
     for filters in (64, 128):
-        x = keras.layers.Conv2D(filters, 4, strides=2, padding="same", use_bias=False)(x)
+        x = keras_mp.layers.Conv2D(filters, 4, strides=2, padding="same", use_bias=False)(x)
         x = keras.layers.LeakyReLU(0.2)(x)
         x = keras.layers.Dropout(dropout)(x)
-    x = keras.layers.Dense(1)(keras.layers.Flatten()(x))
+    x = keras_mp.layers.Dense(1)(keras.layers.Flatten()(x))
     return keras.Model(image, keras_mp.layers.Float32(keras.layers.Activation("linear"), name="logit")(x))
 
 

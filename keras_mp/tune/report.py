@@ -84,11 +84,13 @@ class Tuning:
         table = Table(*columns, caption=caption)
         chosen = recommend(self.candidates)
         for each in self.candidates:
-            remarks = ["as it is"] if each.current else ["by convert"] if each.converted else []
+            remarks = ["as it is"] if each.current else []
             if each.agrees is False:
                 remarks.append("outputs disagree")
             if each.why:
                 remarks.append(each.why)
+            if each.converted:
+                remarks.append("by convert")
             table.add_row(
                 "*" if each is chosen else "",
                 each.policy,
