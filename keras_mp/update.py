@@ -221,7 +221,10 @@ class WeightUpdate:
         sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
         if self._uses_kernels() and not self._touches_all(sparse):
             return list(grads)
-        return [kernels.dense(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        # All from one graph, as Keras's sum over replicas wants them: that of the condition which this is a branch of.
+        return [
+            g if g is None else kernels.dense(g) if isinstance(g, tf.IndexedSlices) else tf.identity(g) for g in grads
+        ]
 
     def _uses_kernels(self) -> bool:
         return self.jit_compile == "auto" and not backend.in_xla_context() and kernels.has_kernel(self._optimizer)
