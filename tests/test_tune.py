@@ -523,6 +523,7 @@ def compiled(**settings):
         (lambda: (compiled(), batch()), {"jit_compile": "auto"}, ArgumentError, "(True, False)"),
         (lambda: (compiled(), batch()), {"steps_per_execution": 0}, ArgumentError, "from 1 on"),
         (lambda: (compiled(), batch()), {"budget": 0}, ArgumentError, "budget=60"),
+        (lambda: (compiled(), batch()), {"budget": "a"}, ArgumentError, "budget=60"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_in_words(arguments, options, error, words):

@@ -108,13 +108,13 @@ def tune(
     >>> tuning.policy, tuning.jit_compile
     ('float32', False)
     """
-    end = time.perf_counter() + budget
+    begun = time.perf_counter()
     _require_trainable(model, budget)
     compilers = _choices("jit_compile", jit_compile, bool) or [False, True]
     steps = _choices("steps_per_execution", steps_per_execution, int)
     with _all_left_as_it_was():
         wanted = _policies(policies)
-        return _Search(model, _Data(batch), wanted, compilers, steps, budget, end).run()
+        return _Search(model, _Data(batch), wanted, compilers, steps, budget, begun + budget).run()
 
 
 class _Data:
