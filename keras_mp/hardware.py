@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import platform
 import re
@@ -23,11 +22,10 @@ from keras_mp import backend
 from keras_mp.errors import ArgumentError
 
 __all__ = [
-    "WORTHWHILE",
     "Device",
     "Hardware",
     "ProductTimes",
-    "cpu_gain",
+    "cpu_gains",
     "detect",
     "detect_for",
     "fast_dtypes",
@@ -48,8 +46,8 @@ _FLOAT16_FEATURES = ("amx_fp16", "avx512_fp16", "asimdhp")
 # measured, a product is 1.9 times as fast as in float32 on an AMD EPYC, and 0.6 times on an Intel Xeon without AMX.
 _CERTAINLY_FAST = frozenset({"amx_bf16"})
 
-WORTHWHILE = 1.2
-"""The gain in a bare product below which the casts of a training step leave nothing of it."""
+# The gain in a bare product below which the casts of a training step leave nothing of it.
+_WORTHWHILE = 1.2
 
 _SIXTEEN_BIT_TENSOR_CORES = (7, 0)
 _BFLOAT16_TENSOR_CORES = (8, 0)
@@ -138,7 +136,7 @@ class ProductTimes:
     @property
     def gains(self) -> bool:
         """Whether the 16-bit product is so much faster that a training step gains from it."""
-        return self.ratio >= WORTHWHILE
+        return self.ratio >= _WORTHWHILE
 
     def __str__(self) -> str:
         """Both times in words, as the second half of a sentence."""
@@ -321,17 +319,14 @@ def fusion_is_safe(dtypes: Set[str], here: Hardware | None = None) -> bool:
     return "float16" not in dtypes or any(device.kind != "cpu" for device in devices)
 
 
-def cpu_gain(dtype: str) -> float:
-    """How many times faster the CPU here multiplies in a 16-bit dtype than in float32.
+def cpu_gains(dtype: str) -> bool:
+    """Whether the CPU here multiplies so much faster in a 16-bit dtype that a training step gains from it.
 
     Args:
-        dtype: `"bfloat16"` or `"float16"`.
-
-    Returns:
-        The ratio that `measure` finds; infinity where the CPU's features leave no doubt, and nothing is measured.
+        dtype: `"bfloat16"` or `"float16"`. It is measured, but where the CPU's features leave no doubt.
     """
     certain = dtype == "bfloat16" and _onednn_enabled() and not _CERTAINLY_FAST.isdisjoint(_cpu().features)
-    return math.inf if certain else measure(dtype).ratio
+    return certain or measure(dtype).gains
 
 
 def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:

@@ -40,7 +40,7 @@ def are_wide(dtype: tf.DType) -> bool:
         dtype in (tf.bfloat16, tf.float16)
         and backend.on_cpu()
         and not backend.in_xla_context()
-        and hardware.cpu_gain(dtype.name) < hardware.WORTHWHILE
+        and not hardware.cpu_gains(dtype.name)
     )
 
 

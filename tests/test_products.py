@@ -48,7 +48,7 @@ def step(layer, compiled=True):
 @pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "LSTM"])
-def test_outputs_and_gradients_are_those_of_float32_rounded(name, dtype, compiled, gain_of_16_bits):
+def test_outputs_and_gradients_are_those_of_float32_rounded(name, dtype, compiled, gains_from_16_bits):
     """Whole numbers come out exactly but for the last rounding, whichever way the product is computed."""
     make, shape = LAYERS[name]
     layer, reference = make(dtype=f"mixed_{dtype}"), make(dtype="float32")
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_float32_rounded(name, dtype, compile
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_a_slow_cpu_multiplies_in_float32_in_a_training_step_alone(name, dtype, gain_of_16_bits):
+def test_a_slow_cpu_multiplies_in_float32_in_a_training_step_alone(name, dtype, gains_from_16_bits):
     make, shape = LAYERS[name]
     layer = make(dtype=f"mixed_{dtype}")
     layer.build(shape)
@@ -84,14 +84,14 @@ def test_a_slow_cpu_multiplies_in_float32_in_a_training_step_alone(name, dtype, 
 
     trained = dtypes(step(layer), x, tf.TensorSpec(output.shape, output.dtype))
     if name != "LSTM":  # whose recurrence stays as it is
-        assert (trained == {"float32"}) == (gain_of_16_bits < 1 or name == "Head" == dtype)
+        assert (trained == {"float32"}) == (not gains_from_16_bits)
     served = dtypes(tf.function(lambda x: layer(x)), x)
     assert served <= {dtype} or name == "Head"
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", [name for name in LAYERS if "Conv2D" in name])
-def test_float32_copies_do_not_wait_for_the_backward_pass(name, dtype, gain_of_16_bits):
+def test_float32_copies_do_not_wait_for_the_backward_pass(name, dtype, gains_from_16_bits):
     make, shape = LAYERS[name]
     layer = make(dtype=f"mixed_{dtype}")
     layer.build(shape)
@@ -115,10 +115,10 @@ def test_second_derivatives_of_a_wide_product(dtype):
     np.testing.assert_array_equal(tf.cast(second[1], tf.float32), [[36.0], [36.0]])
 
 
-def test_what_is_no_16_bit_product_of_tensorflow_is_left_alone(gain_of_16_bits):
+def test_what_is_no_16_bit_product_of_tensorflow_is_left_alone(gains_from_16_bits):
     assert not products.are_wide(tf.float32)
     assert not products.are_wide(tf.float64)
-    assert products.are_wide(tf.bfloat16) == (gain_of_16_bits < 1)
+    assert products.are_wide(tf.bfloat16) == (not gains_from_16_bits)
     seen = []
     tf.function(lambda: seen.append(products.are_wide(tf.bfloat16)), jit_compile=True)()
     assert seen == [False]
@@ -126,8 +126,5 @@ def test_what_is_no_16_bit_product_of_tensorflow_is_left_alone(gain_of_16_bits):
 
 def test_the_gain_is_the_measured_one_but_where_features_leave_no_doubt():
     cpu = hardware.detect().devices[0]
-    if "amx_bf16" in cpu.features:
-        assert hardware.cpu_gain("bfloat16") == np.inf
-    else:
-        assert hardware.cpu_gain("bfloat16") == hardware.measure("bfloat16").ratio
-    assert hardware.cpu_gain("float16") == hardware.measure("float16").ratio
+    assert hardware.cpu_gains("bfloat16") == ("amx_bf16" in cpu.features or hardware.measure("bfloat16").gains)
+    assert hardware.cpu_gains("float16") == hardware.measure("float16").gains

@@ -127,7 +127,7 @@ def _matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: 
 
 def _product(x: Any, kernel: Any) -> Any:
     """The product in float32 of 16-bit `x`, of any rank, and a kernel that is rounded to the dtype of `x`."""
-    wide = are_wide(x.dtype)
+    wide = backend.recording() and are_wide(x.dtype)  # else there is no gradient that would differ
 
     @tf.custom_gradient
     def product(x: Any, kernel: Any) -> Any:

@@ -101,7 +101,7 @@ def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch, gain_of_16_bits):
+def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch, gains_from_16_bits):
     """In 16 bits on a CPU that is fast in bfloat16, and in float32 inside on one that is not."""
     taken = []
     for way in ("_pointwise", "_by_offsets", "_by_patches", "_by_tiles"):
@@ -115,7 +115,7 @@ def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch, gain_of_16
     with tf.GradientTape() as tape:
         y = layer(tf.ones(shape, dtype))
     assert tape.gradient(y, layer.kernel).shape == layer.kernel.shape
-    if gain_of_16_bits < 1:
+    if not gains_from_16_bits:
         assert taken == ([expected] if expected and expected != "_by_patches" else [])
     else:
         assert taken == ([expected] if expected and dtype == "bfloat16" else [])
@@ -191,7 +191,7 @@ def test_a_group_a_channel_is_a_depthwise_convolution(dtype, training):
     ("name", "expected"),
     [("depthwise, 3", "bfloat16"), ("depthwise, 3, strides", "float32"), ("a group a channel, strides", "float32")],
 )
-def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, expected, gain_of_16_bits):
+def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, expected, gains_from_16_bits):
     keras.config.set_dtype_policy("mixed_bfloat16")
     layer = CASES[name].ours()
     (shape,) = CASES[name].shapes
@@ -205,13 +205,13 @@ def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, e
 
     function = tf.function(step).get_concrete_function(tf.TensorSpec(shape, "bfloat16"))
     gradients = [each for each in function.graph.get_operations() if each.type == "DepthwiseConv2dNativeBackpropInput"]
-    assert [each.outputs[0].dtype.name for each in gradients] == [expected if gain_of_16_bits > 1 else "float32"]
+    assert [each.outputs[0].dtype.name for each in gradients] == [expected if gains_from_16_bits else "float32"]
     assert function.output_dtypes == tf.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype, gain_of_16_bits):
+def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype, gains_from_16_bits):
     keras.config.set_dtype_policy("float32" if dtype == "float32" else f"mixed_{dtype}")
     layer = CASES[name].ours()
     layer.build(CASES[name].shapes[0])
