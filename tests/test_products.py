@@ -23,6 +23,20 @@ LAYERS = {
     "Conv2D, dilation": (lambda **settings: layers.Conv2D(5, 3, dilation_rate=2, **settings), (2, 9, 9, 4)),
     "Conv2D, a group a channel": (lambda **settings: layers.Conv2D(4, 3, groups=4, **settings), (2, 8, 8, 4)),
     "DepthwiseConv2D": (lambda **settings: layers.DepthwiseConv2D(5, padding="same", **settings), (2, 8, 8, 4)),
+    "DepthwiseConv2D, dilation": (
+        lambda **settings: layers.DepthwiseConv2D(3, dilation_rate=2, **settings),
+        (2, 8, 8, 4),
+    ),
+    "SeparableConv2D, dilation": (
+        lambda **settings: layers.SeparableConv2D(5, 3, dilation_rate=2, depthwise_initializer="ones", **settings),
+        (2, 8, 8, 4),
+    ),
+    "Conv2DTranspose": (lambda **settings: layers.Conv2DTranspose(5, 3, strides=2, **settings), (2, 5, 4, 4)),
+    "Conv1D": (lambda **settings: layers.Conv1D(5, 3, padding="causal", **settings), (2, 9, 4)),
+    "DepthwiseConv1D": (lambda **settings: layers.DepthwiseConv1D(5, padding="same", **settings), (2, 9, 4)),
+    "Conv1DTranspose": (lambda **settings: layers.Conv1DTranspose(5, 3, strides=2, **settings), (2, 5, 4)),
+    "Conv3D": (lambda **settings: layers.Conv3D(5, 3, padding="same", **settings), (2, 4, 5, 3, 4)),
+    "Conv3DTranspose": (lambda **settings: layers.Conv3DTranspose(5, 2, strides=2, **settings), (2, 3, 2, 3, 4)),
     "LSTM": (lambda **settings: layers.LSTM(5, **settings), (2, 3, 8)),
 }
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -79,7 +93,7 @@ def test_a_slow_cpu_multiplies_in_float32_in_a_training_step_alone(name, dtype, 
 
     def dtypes(function, *specs):
         graph = function.get_concrete_function(*specs).graph
-        kinds = ("MatMul", "Einsum", "Conv2D", "DepthwiseConv2dNative")
+        kinds = ("MatMul", "Einsum", "Conv2D", "Conv3D", "DepthwiseConv2dNative")
         return {each.outputs[0].dtype.name for each in graph.get_operations() if each.type.startswith(kinds)}
 
     trained = dtypes(step(layer), x, tf.TensorSpec(output.shape, output.dtype))
@@ -90,7 +104,7 @@ def test_a_slow_cpu_multiplies_in_float32_in_a_training_step_alone(name, dtype, 
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("name", [name for name in LAYERS if "Conv2D" in name])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "Conv" in name])
 def test_float32_copies_do_not_wait_for_the_backward_pass(name, dtype, gains_from_16_bits):
     make, shape = LAYERS[name]
     layer = make(dtype=f"mixed_{dtype}")

@@ -55,8 +55,8 @@ def tolerance_of(dtypes: "set[str] | frozenset[str]") -> float:
 def with_precision(model: keras.Model, precision: str) -> keras.Model:
     """The model itself, or its twin that computes in float32, without what TensorFlow Serving refuses.
 
-    Keras has XLA compile convolutions in groups. Where each channel is a group, `keras_mp.layers.Conv2D` takes their
-    place.
+    Keras has XLA compile convolutions in groups. Where each channel is a group, `keras_mp.layers.Conv1D` and `Conv2D`
+    take their place.
 
     Args:
         model: a Keras model.
@@ -79,11 +79,13 @@ def with_precision(model: keras.Model, precision: str) -> keras.Model:
 
 
 def _without_groups(model: keras.Model) -> keras.Model:
+    ours = {keras.layers.Conv1D: layers.Conv1D, keras.layers.Conv2D: layers.Conv2D}
+
     def is_depthwise(layer: keras.Layer) -> bool:
-        return type(layer) is keras.layers.Conv2D and layer.groups > 1 and layer.kernel.shape[-2] == 1
+        return type(layer) in ours and layer.groups > 1 and layer.kernel.shape[-2] == 1
 
     def choose(layer: keras.Layer, path: str) -> Choice:
-        return Choice(layers.Conv2D if is_depthwise(layer) else type(layer), layer.dtype_policy)
+        return Choice(ours[type(layer)] if is_depthwise(layer) else type(layer), layer.dtype_policy)
 
     if not any(map(is_depthwise, backend.layers_by_path(model).values())):
         return model

@@ -2,8 +2,9 @@
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
 from keras_mp.layers.batch_normalization import BatchNormalization
-from keras_mp.layers.convolution import Conv2D, DepthwiseConv2D
+from keras_mp.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_mp.layers.dense import Dense, EinsumDense
+from keras_mp.layers.depthwise import DepthwiseConv1D, DepthwiseConv2D
 from keras_mp.layers.embedding import Embedding
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
@@ -28,8 +29,10 @@ from keras_mp.layers.recurrent import (
     StackedRNNCells,
 )
 from keras_mp.layers.resizing import Resizing, UpSampling2D
+from keras_mp.layers.separable import SeparableConv1D, SeparableConv2D
 from keras_mp.layers.softmax import Softmax
 from keras_mp.layers.spectral_normalization import SpectralNormalization
+from keras_mp.layers.transposed import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from keras_mp.layers.unit_normalization import UnitNormalization
 
 __all__ = [
@@ -42,8 +45,14 @@ __all__ = [
     "AveragePooling2D",
     "AveragePooling3D",
     "BatchNormalization",
+    "Conv1D",
+    "Conv1DTranspose",
     "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
     "Dense",
+    "DepthwiseConv1D",
     "DepthwiseConv2D",
     "EinsumDense",
     "Embedding",
@@ -61,6 +70,8 @@ __all__ = [
     "Normalization",
     "RMSNormalization",
     "Resizing",
+    "SeparableConv1D",
+    "SeparableConv2D",
     "SimpleRNN",
     "SimpleRNNCell",
     "Softmax",

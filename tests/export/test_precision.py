@@ -253,14 +253,17 @@ def test_made_up_rows_that_a_model_does_not_take(tmp_path):
     np.testing.assert_allclose(serve(path, x=rows)["y"], model(rows), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [keras.layers.Conv2D, keras_mp.layers.Conv2D])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("package", [keras, keras_mp], ids=["keras", "keras_mp"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_a_convolution_with_a_group_a_channel_is_served(make, policy, tmp_path):
+def test_a_convolution_with_a_group_a_channel_is_served(package, rank, policy, tmp_path):
     """Keras has XLA compile it, which TensorFlow Serving refuses."""
     keras.config.set_dtype_policy(policy)
-    inputs = keras.Input((4, 4, 5))
-    model = keras.Model(inputs, make(10, 3, groups=5, padding="same", dtype=policy)(inputs))
-    x = np.random.default_rng(0).standard_normal((2, 4, 4, 5)).astype("float32")
+    shape = (*[4] * rank, 5)
+    inputs = keras.Input(shape)
+    layer = getattr(package.layers, f"Conv{rank}D")(10, 3, groups=5, padding="same", dtype=policy)
+    model = keras.Model(inputs, layer(inputs))
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
     path = keras_mp.export(model, tmp_path / "served", precision="float32")
     served = next(iter(tf.saved_model.load(str(path)).signatures["serving_default"](tf.constant(x)).values()))
     exact = keras_mp.convert(model, "float32")(x)

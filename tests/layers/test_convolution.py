@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from keras_mp.layers import convolution
+from keras_mp.layers import kernel_gradients
 from tests.derivatives import early_operations
 from tests.layers.contract import POLICIES, Case, check_contract
 
@@ -43,6 +43,23 @@ CASES = {
     "a group a channel, strides": case("Conv2D", (2, 7, 6, 3), 3, 3, groups=3, strides=2, use_bias=False),
     "two channels a group": case("Conv2D", (2, 5, 6, 4), 6, 3, groups=2),
     "depthwise, multiplier": case("DepthwiseConv2D", (2, 6, 7, 3), (4, 1), depth_multiplier=2, padding="same"),
+    "depthwise, dilation": case("DepthwiseConv2D", (2, 6, 7, 3), 3, dilation_rate=2),
+    "separable": case("SeparableConv2D", (2, 6, 7, 3), 4, 3, padding="same", activation="relu"),
+    "separable, 5, strides": case("SeparableConv2D", (2, 9, 8, 3), 4, 5, strides=2, depth_multiplier=2),
+    "separable, dilation": case("SeparableConv2D", (2, 6, 7, 3), 4, 3, dilation_rate=2, use_bias=False),
+    "transposed": case("Conv2DTranspose", (2, 4, 5, 3), 4, 3, strides=2, padding="same", activation="relu"),
+    "transposed, output padding": case("Conv2DTranspose", (2, 4, 5, 3), 4, (3, 2), strides=2, output_padding=1),
+    "1D": case("Conv1D", (2, 7, 3), 4, 3, strides=2, padding="same", activation="relu"),
+    "1D, causal, dilation": case("Conv1D", (2, 7, 3), 4, 3, padding="causal", dilation_rate=2),
+    "1D, groups": case("Conv1D", (2, 7, 4), 4, 2, groups=2, use_bias=False),
+    "1D, a group a channel": case("Conv1D", (2, 9, 3), 6, 5, groups=3, padding="causal", activation="relu"),
+    "1D, a group a channel, strides": case("Conv1D", (2, 9, 3), 3, 3, groups=3, strides=2),
+    "1D, depthwise": case("DepthwiseConv1D", (2, 7, 3), 5, padding="same", depth_multiplier=2, activation="relu"),
+    "1D, separable": case("SeparableConv1D", (2, 7, 3), 4, 3, strides=2, padding="same"),
+    "1D, transposed": case("Conv1DTranspose", (2, 5, 3), 4, 3, strides=2, padding="same"),
+    "3D": case("Conv3D", (2, 4, 5, 3, 2), 4, (2, 3, 1), padding="same", activation="relu"),
+    "3D, strides": case("Conv3D", (2, 5, 5, 4, 2), 4, 3, strides=2, padding="same", use_bias=False),
+    "3D, transposed": case("Conv3DTranspose", (2, 3, 2, 3, 2), 4, 2, strides=2),
 }
 
 
@@ -88,35 +105,39 @@ def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("pointwise", "_pointwise"),
-        ("pointwise, strides", "_pointwise"),
-        ("small", "_by_offsets"),
-        ("strides", "_by_patches"),
+        ("pointwise", "pointwise"),
+        ("pointwise, strides", "pointwise"),
+        ("small", "by_offsets"),
+        ("strides", "by_patches"),
         ("wide", None),
         ("dilation", None),
         ("depthwise, 3", None),
-        ("a group a channel", "_by_tiles"),
+        ("a group a channel", "by_tiles"),
         ("two channels a group", None),
-        ("depthwise, 5", "_by_tiles"),
+        ("depthwise, 5", "by_tiles"),
+        ("separable", "pointwise"),
+        ("1D, depthwise", "by_tiles"),
+        ("1D, a group a channel", "by_tiles"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_way_is_the_one_meant(name, expected, dtype, monkeypatch, gains_from_16_bits):
     """In 16 bits on a CPU that is fast in bfloat16, and in float32 inside on one that is not."""
     taken = []
-    for way in ("_pointwise", "_by_offsets", "_by_patches", "_by_tiles"):
-        original = getattr(convolution, way)
+    for way in ("pointwise", "by_offsets", "by_patches", "by_tiles"):
+        original = getattr(kernel_gradients, way)
         monkeypatch.setattr(
-            convolution, way, lambda *a, way=way, original=original, **k: taken.append(way) or original(*a, **k)
+            kernel_gradients, way, lambda *a, way=way, original=original, **k: taken.append(way) or original(*a, **k)
         )
     keras.config.set_dtype_policy(f"mixed_{dtype}")
     layer = CASES[name].ours()
     (shape,) = CASES[name].shapes
     with tf.GradientTape() as tape:
         y = layer(tf.ones(shape, dtype))
-    assert tape.gradient(y, layer.kernel).shape == layer.kernel.shape
+    weights = layer.trainable_weights
+    assert [each.shape for each in tape.gradient(y, weights)] == [weight.shape for weight in weights]
     if not gains_from_16_bits:
-        assert taken == ([expected] if expected and expected != "_by_patches" else [])
+        assert taken == ([expected] if expected and expected != "by_patches" else [])
     else:
         assert taken == ([expected] if expected and dtype == "bfloat16" else [])
 
@@ -166,21 +187,21 @@ def test_xla_keeps_no_rounded_kernel_between_the_passes(name, policy):
     assert all(f"f32[{size}]" in line for line in held), held
 
 
+@pytest.mark.parametrize("name", ["a group a channel", "1D, a group a channel"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_group_a_channel_is_a_depthwise_convolution(dtype, training):
+def test_a_group_a_channel_is_a_depthwise_convolution(dtype, training, name):
     """Keras has XLA compile it, which is slow on a CPU, and which TensorFlow Serving refuses."""
     found = []
-    for layer in (CASES["a group a channel"].ours(), CASES["a group a channel"].stock()):
-        layer.build(CASES["a group a channel"].shapes[0])
+    (shape,) = CASES[name].shapes
+    for layer in (CASES[name].ours(), CASES[name].stock()):
+        layer.build(shape)
 
         def step(x, layer=layer):
             with tf.GradientTape() if training else contextlib.nullcontext():
                 return layer(x)
 
-        graph = (
-            tf.function(step).get_concrete_function(tf.TensorSpec(CASES["a group a channel"].shapes[0], dtype)).graph
-        )
+        graph = tf.function(step).get_concrete_function(tf.TensorSpec(shape, dtype)).graph
         found.append({operation.type for operation in graph.get_operations()})
     assert "DepthwiseConv2dNative" in found[0]
     assert not {kind for kind in found[0] if "Call" in kind}
@@ -218,24 +239,28 @@ def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype, gai
     assert early_operations(layer, CASES[name].shapes[0], dtype) == []
 
 
-def gradient_of_no_rows(layer, dtype):
-    layer.build((1, 8, 8, 4))
-    x = tf.zeros((0, 8, 8, 4), dtype)
+def gradients_of_no_rows(layer, shape, dtype):
+    layer.build((1, *shape))
+    x = tf.zeros((0, *shape), dtype)
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = layer(x)
-    return y, tape.gradient(y, layer.kernel, tf.zeros_like(y))
+    return y, tape.gradient(y, layer.trainable_weights, tf.zeros_like(y))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("strides", [1, 2])
-def test_no_rows_have_no_gradient(policy, kernel_size, strides):
+@pytest.mark.parametrize("rank", [1, 2])
+def test_no_rows_have_no_gradient(policy, kernel_size, strides, rank):
     """As those of a replica whose share of an epoch's last batch is none."""
     settings = {"padding": "same", "strides": strides, "dtype": policy}
-    dtype = keras.DTypePolicy(policy).compute_dtype
-    y, gradient = gradient_of_no_rows(layers.Conv2D(4, kernel_size, groups=4, **settings), dtype)
-    assert y.shape == (0, 8 // strides, 8 // strides, 4)
-    np.testing.assert_array_equal(tf.cast(gradient, "float32"), tf.zeros((kernel_size, kernel_size, 1, 4)))
-    _, gradient = gradient_of_no_rows(layers.DepthwiseConv2D(kernel_size, **settings), dtype)
-    np.testing.assert_array_equal(tf.cast(gradient, "float32"), tf.zeros((kernel_size, kernel_size, 4, 1)))
+    made = [
+        getattr(layers, f"Conv{rank}D")(4, kernel_size, groups=4, **settings),
+        getattr(layers, f"DepthwiseConv{rank}D")(kernel_size, **settings),
+    ]
+    for layer in made:
+        y, gradients = gradients_of_no_rows(layer, [8] * rank + [4], keras.DTypePolicy(policy).compute_dtype)
+        assert y.shape == (0, *[8 // strides] * rank, 4)
+        for gradient, weight in zip(gradients, layer.trainable_weights, strict=True):
+            np.testing.assert_array_equal(tf.cast(gradient, "float32"), tf.zeros(weight.shape))

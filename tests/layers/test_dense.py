@@ -42,7 +42,16 @@ BIASED = {
         (16, 128, 2),
     ),
     "Conv2D": (lambda module: module.Conv2D(3, 3, padding="same"), (2, 32, 32, 2)),
+    "Conv2D, dilation": (lambda module: module.Conv2D(3, 3, dilation_rate=2), (2, 36, 36, 2)),
     "DepthwiseConv2D": (lambda module: module.DepthwiseConv2D(5, padding="same"), (2, 32, 32, 2)),
+    "SeparableConv2D": (lambda module: module.SeparableConv2D(3, 3, padding="same"), (2, 32, 32, 2)),
+    "Conv2DTranspose": (lambda module: module.Conv2DTranspose(3, 2, strides=2), (2, 16, 16, 2)),
+    "Conv1D": (lambda module: module.Conv1D(3, 3, padding="causal"), (4, 512, 2)),
+    "DepthwiseConv1D": (lambda module: module.DepthwiseConv1D(5, padding="same"), (4, 512, 2)),
+    "SeparableConv1D": (lambda module: module.SeparableConv1D(3, 3, padding="same"), (4, 512, 2)),
+    "Conv1DTranspose": (lambda module: module.Conv1DTranspose(3, 2, strides=2), (4, 256, 2)),
+    "Conv3D": (lambda module: module.Conv3D(3, 3, padding="same"), (2, 8, 16, 8, 2)),
+    "Conv3DTranspose": (lambda module: module.Conv3DTranspose(3, 2, strides=2), (2, 4, 8, 8, 2)),
 }
 
 
@@ -72,7 +81,7 @@ def test_the_gradient_to_a_bias_is_right_to_one_rounding(name, dtype):
 
 
 @pytest.mark.stock_defect
-@pytest.mark.parametrize("name", ["Dense", "Conv2D"])
+@pytest.mark.parametrize("name", [name for name in BIASED if name.startswith(("Dense", "Conv2D", "Conv1D", "Conv3D"))])
 def test_stock_the_gradient_to_a_bias_is_right_to_one_rounding(name):
     """TensorFlow's kernel adds up in bfloat16 on a CPU: three quarters of 2,048 rows are lost."""
     assert error_of_bias_gradient(keras.layers, name, "bfloat16") < 0.004
