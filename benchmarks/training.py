@@ -254,6 +254,7 @@ def main(
     xla: Annotated[
         bool, typer.Option(help="Whether to time the applications with XLA, too; minutes to compile.")
     ] = False,
+    memory: Annotated[bool, typer.Option(help="Whether to take the memory, too; minutes of processes.")] = True,
 ) -> None:
     """Time the training steps and take their memory; write JSON and a table."""
     if context.invoked_subcommand:
@@ -272,9 +273,10 @@ def main(
         is_application = workload in workloads.APPLICATIONS
         names = [name for name, (_, _, jit_compile) in CASES.items() if xla or not jit_compile or not is_application]
         without_xla = [name for name, (_, _, jit_compile) in CASES.items() if not jit_compile]
-        peaks[heading] = [_peak_in_child(workload, name) for name in without_xla]
-        twice = [_peak_in_child(workload, name, 2) for name in without_xla]
-        of_rows[heading] = [round(more - peak, 1) for more, peak in zip(twice, peaks[heading], strict=True)]
+        if memory:
+            peaks[heading] = [_peak_in_child(workload, name) for name in without_xla]
+            twice = [_peak_in_child(workload, name, 2) for name in without_xla]
+            of_rows[heading] = [round(more - peak, 1) for more, peak in zip(twice, peaks[heading], strict=True)]
         cases = [make_case(workload, name) for name in names]
         comparisons = [each for each in COMPARISONS if {each.case, *each.against} <= set(names)]
         groups[heading] = harness.as_group(heading, cases, comparisons, rounds, None)
@@ -282,7 +284,9 @@ def main(
         in_order = [_heading(each) for each in every if _heading(each) in groups]
         results["groups"] = [groups[name] for name in in_order]
         results["grids"] = [
-            Grid(title, "MiB", "workload", without_xla, {name: rows[name] for name in in_order}).as_json()
+            Grid(
+                title, "MiB", "workload", without_xla, {name: rows[name] for name in in_order if name in rows}
+            ).as_json()
             for title, rows in (
                 ("Peak of the resident memory of a training process", peaks),
                 ("What a second batch's rows add to the peak", of_rows),

@@ -433,6 +433,16 @@ def test_a_summary_of_other_results_leaves_the_readmes_plot(tmp_path):
     assert training.PLOT.read_bytes() == plot
 
 
+def test_training_is_timed_without_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(workloads, "WORKLOADS", [workloads.WORKLOADS[0].smaller()])
+    command = ["--only", "MLP", "--no-memory", "--rounds", "1", "--loaded", "--output", str(tmp_path)]
+    assert CliRunner().invoke(training.app, command).exit_code == 0
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert [group["name"] for group in found["groups"]] == ["MLP, batch 8"]
+    assert set(found["groups"][0]["times_ms"]) == set(training.CASES)
+    assert [grid["rows"] for grid in found["grids"]] == [{}, {}]
+
+
 @pytest.mark.parametrize("command", [[], ["curves"]])
 def test_training_of_no_workload_is_refused(command, tmp_path):
     result = CliRunner().invoke(training.app, [*command, "--only", "Nope", "--output", str(tmp_path)])
