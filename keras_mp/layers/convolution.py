@@ -64,9 +64,9 @@ class Conv1D(Convolving, keras.layers.Conv1D):
         TensorShape([1, 8, 4])
     """
 
-    def call(self, inputs: Any) -> Any:
-        """Convolves; see the class."""
-        return self.finish(self.convolve(inputs)) if _is_depthwise(self, inputs) else super().call(inputs)
+    def is_ours(self, inputs: Any) -> bool:
+        """Whether to run `convolve`; see `Convolving`."""
+        return super().is_ours(inputs) or _is_depthwise(self, inputs)
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step, or of a group a channel; see `Convolving`."""
@@ -120,6 +120,10 @@ class Conv2D(Convolving, keras.layers.Conv2D):
         TensorShape([1, 8, 8, 4])
     """
 
+    def is_ours(self, inputs: Any) -> bool:
+        """Whether to run `convolve`; see `Convolving`."""
+        return super().is_ours(inputs) or _is_depthwise(self, inputs)
+
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""
         return self.convolution_op(inputs, self.kernel)
@@ -132,7 +136,7 @@ class Conv2D(Convolving, keras.layers.Conv2D):
         kernel = tf.convert_to_tensor(kernel)
         if _is_depthwise(self, inputs):
             return _depthwise(self, inputs, kernel, self.padding)
-        if not backend.recording():
+        if not self.is_ours(inputs):
             return convolve(inputs, kernel)
         if self.groups == 1 and differs(self, inputs, kernel):
             convolve = functools.partial(fast, convolve, self.strides, self.padding)
@@ -173,7 +177,12 @@ class Conv3D(Convolving, keras.layers.Conv3D):
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""
-        return product(self.convolution_op, inputs, self.kernel)
+        return self.convolution_op(inputs, self.kernel)
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        """The convolution without bias and activation; see the class."""
+        convolve = super().convolution_op
+        return product(convolve, inputs, kernel) if self.is_ours(inputs) else convolve(inputs, kernel)
 
 
 def fast(

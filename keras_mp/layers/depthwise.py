@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp.layers import kernel_gradients
-from keras_mp.layers.convolving import FAST, Convolving, differs, output_size, product
+from keras_mp.layers.convolving import Convolving, differs, product
 
 __all__ = ["DepthwiseConv1D", "DepthwiseConv2D", "convolution"]
 
@@ -51,7 +51,7 @@ class DepthwiseConv1D(Convolving, keras.layers.DepthwiseConv1D):
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""
-        return _convolve(self, inputs)
+        return convolution(self, inputs, tf.convert_to_tensor(self.kernel), self.padding)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -90,58 +90,44 @@ class DepthwiseConv2D(Convolving, keras.layers.DepthwiseConv2D):
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""
-        return _convolve(self, inputs)
+        return convolution(self, inputs, tf.convert_to_tensor(self.kernel), self.padding)
 
 
 def convolution(layer: Any, inputs: tf.Tensor, kernel: tf.Tensor, padding: str) -> tf.Tensor:
-    """A depthwise convolution in 1D or 2D without dilation, channels last.
+    """A depthwise convolution in 1D or 2D, channels last.
 
     Args:
-        layer: of the strides.
+        layer: of the strides and the dilation.
         inputs: tensor of shape (batch, pixels of each axis, channels).
         kernel: of shape (pixels of each axis, channels, multiplier).
         padding: "same" or "valid".
     """
-    convolve = functools.partial(_with_gradients if differs(layer, inputs, kernel) else _of_images, padding)
+    if not differs(layer, inputs, kernel):
+        convolve = functools.partial(
+            keras.ops.depthwise_conv,
+            strides=layer.strides,
+            padding=padding,
+            data_format="channels_last",
+            dilation_rate=layer.dilation_rate,
+        )
+        return product(convolve, inputs, kernel)
     if layer.rank == 1:  # no slice makes the axis: its gradient would be a copy
-        images = convolve((*layer.strides, *layer.strides), tf.expand_dims(inputs, 1), tf.expand_dims(kernel, 0))
+        strides = (*layer.strides, *layer.strides)
+        images = _with_gradients(strides, padding, tf.expand_dims(inputs, 1), tf.expand_dims(kernel, 0))
         return tf.squeeze(images, 1)
-    return convolve(layer.strides, inputs, kernel)
+    return _with_gradients(layer.strides, padding, inputs, kernel)
 
 
-def _convolve(layer: Any, inputs: tf.Tensor) -> tf.Tensor:
-    """The convolution of a depthwise layer in a training step."""
-    kernel = tf.convert_to_tensor(layer.kernel)
-    if differs(layer, inputs, kernel):
-        return convolution(layer, inputs, kernel, layer.padding)
-    of_keras = functools.partial(
-        keras.ops.depthwise_conv,
-        strides=layer.strides,
-        padding=layer.padding,
-        data_format=layer.data_format,
-        dilation_rate=layer.dilation_rate,
-    )
-    return product(of_keras, inputs, kernel)
-
-
-def _of_images(padding: str, strides: tuple[int, int], inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    outputs = tf.nn.depthwise_conv2d(inputs, kernel, (1, *strides, 1), padding.upper())
-    if max(strides) == 1 or None in inputs.shape[1:].as_list():
-        return outputs
-    sizes = [output_size(inputs.shape[1 + axis], kernel.shape[axis], strides[axis], padding) for axis in (0, 1)]
-    return tf.reshape(outputs, [-1, *sizes, outputs.shape[-1]])  # of no rows TensorFlow answers with the input's shape
-
-
-def _with_gradients(padding: str, strides: tuple[int, int], inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def _with_gradients(strides: tuple[int, int], padding: str, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """A depthwise convolution of images, of sizes that are known, with gradients that are fast."""
-    convolve = functools.partial(_of_images, padding, strides)
     of_all, has_strides = (1, *strides, 1), max(strides) > 1
     size = tuple(kernel.shape)
     in_tiles = max(size[:2]) > kernel_gradients.TILE
+    convolve = functools.partial(tf.nn.depthwise_conv2d, strides=of_all, padding=padding.upper())
 
     def to_inputs(kernel: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
         dtype = kernel.dtype
-        if has_strides:
+        if has_strides and dtype.size < 4:
             kernel, upstream = tf.cast(kernel, tf.float32), tf.cast(upstream, tf.float32)
         shape = tf.shape(inputs)
         gradient = tf.nn.depthwise_conv2d_backprop_input(shape, kernel, upstream, of_all, padding.upper())
@@ -151,10 +137,6 @@ def _with_gradients(padding: str, strides: tuple[int, int], inputs: tf.Tensor, k
         dtype = inputs.dtype
         if in_tiles and (dtype == tf.bfloat16 or (dtype == tf.float32 and not has_strides)):
             return kernel_gradients.by_tiles(inputs, upstream, size, strides, padding)
-        gradient = tf.nn.depthwise_conv2d_backprop_filter(inputs, size, upstream, of_all, padding.upper())
-        if dtype in FAST:
-            return gradient
-        # Of no rows, as a replica's share of a last batch may be, TensorFlow answers with what was in memory.
-        return tf.where(tf.size(upstream) > 0, gradient, tf.zeros_like(gradient))
+        return tf.nn.depthwise_conv2d_backprop_filter(inputs, size, upstream, of_all, padding.upper())
 
     return product(functools.partial(kernel_gradients.convolved, convolve, to_inputs, to_kernel), inputs, kernel)

@@ -16,19 +16,10 @@ class _Separable(Convolving):
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""
         kernels = [tf.convert_to_tensor(kernel) for kernel in (self.depthwise_kernel, self.pointwise_kernel)]
-        if not differs(self, inputs, kernels[0]):
-            of_keras = functools.partial(
-                keras.ops.separable_conv,
-                strides=self.strides,
-                padding=self.padding,
-                data_format=self.data_format,
-                dilation_rate=self.dilation_rate,
-            )
-            return product(of_keras, inputs, *kernels)
         between = depthwise.convolution(self, inputs, kernels[0], self.padding)
-        pointwise = functools.partial(
-            convolution.fast, functools.partial(tf.nn.conv2d, strides=1, padding="VALID"), (1, 1), "valid"
-        )
+        pointwise = functools.partial(tf.nn.conv2d, strides=1, padding="VALID")
+        if differs(self, inputs, kernels[0]):
+            pointwise = functools.partial(convolution.fast, pointwise, (1, 1), "valid")
         if self.rank == 2:
             return product(pointwise, between, kernels[1])
         return tf.squeeze(product(pointwise, tf.expand_dims(between, 1), tf.expand_dims(kernels[1], 0)), 1)

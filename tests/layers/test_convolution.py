@@ -230,6 +230,91 @@ def test_the_gradient_to_the_input_is_computed_in_the_dtype_that_is_fast(name, e
     assert function.output_dtypes == tf.bfloat16
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_convolution_of_ones_own_may_answer_in_another_dtype(rank, policy):
+    def made(base):
+        class Halved(base):
+            def convolution_op(self, inputs, kernel):
+                inputs, kernel = tf.cast(inputs, "float32"), tf.cast(kernel, "float32")
+                return super().convolution_op(inputs, kernel) / 2
+
+        return Halved(3, 2, bias_initializer="ones", dtype=policy)
+
+    ours, stock = made(getattr(layers, f"Conv{rank}D")), made(getattr(keras.layers, f"Conv{rank}D"))
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, *[4] * rank, 2)), stock.compute_dtype)
+    results = []
+    for layer in (ours, stock):
+        layer.build(x.shape)
+        layer.set_weights(ours.get_weights())
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        results.append([y, *tape.gradient(y, layer.trainable_weights)])
+    tolerance = {"bfloat16": 2**-7, "float16": 2**-10}.get(ours.compute_dtype, 1e-5)  # TensorFlow sums the bias's in it
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(tf.cast(one, "float64"), tf.cast(other, "float64"), rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "strides" in name])
+def test_float64_is_not_rounded_on_the_way(name):
+    ours, stock = CASES[name].ours(dtype="float64"), CASES[name].stock(dtype="float64")
+    (shape,) = CASES[name].shapes
+    ours.build(shape)
+    stock.build(shape)
+    stock.set_weights(ours.get_weights())
+    x = tf.constant(np.random.default_rng(0).standard_normal(shape))
+    upstream = tf.constant(np.random.default_rng(1).standard_normal(ours(x).shape))
+    results = [tf.nest.flatten(derivatives(layer, x, upstream, lambda run: run)[0]) for layer in (ours, stock)]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known sizes", "unknown sizes"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", [name for name in CASES if "a group a channel" in name])
+def test_no_rows_of_a_group_a_channel_have_the_shape_of_others(name, policy, known):
+    """Of no rows TensorFlow's depthwise convolution answers with the shape of its input, Keras's by XLA does not."""
+    layer = CASES[name].ours(dtype=policy)
+    (shape,) = CASES[name].shapes
+    expected = layer(tf.ones(shape)).shape
+    signature = [None, *(shape[1:-1] if known else [None] * layer.rank), shape[-1]]
+    served = tf.function(layer, input_signature=[tf.TensorSpec(signature, "float32")])
+    assert served(tf.zeros((0, *shape[1:]))).shape == (0, *expected[1:])
+
+
+@pytest.mark.parametrize(("policy", "known"), [("mixed_bfloat16", True), ("float64", False)])
+@pytest.mark.parametrize("name", CASES)
+def test_a_replica_without_rows_leaves_the_step_to_the_others(name, policy, known, mirrored):
+    """Of no rows TensorFlow's convolutions answer with the shape of their input, which ends the step in an error."""
+    strategy = mirrored(2)
+    (shape,) = CASES[name].shapes
+    with strategy.scope():
+        layer = CASES[name].ours(dtype=policy)
+        layer.build(shape)
+    x = tf.constant(np.random.default_rng(0).standard_normal(shape).astype("float32"))
+
+    def step(x):
+        sizes = shape[1:-1] if known else [None] * layer.rank
+        x = tf.compat.v1.placeholder_with_default(x, [None, *sizes, shape[-1]])  # as from a data set
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        gradients = tape.gradient(y, [variable.value for variable in layer.trainable_variables], y)
+        return tf.shape(y), tf.shape(layer(x)), gradients  # the second outside the tape, as in `evaluate`
+
+    run = tf.function(lambda x: strategy.run(step, [x]), autograph=False)
+    given = strategy.experimental_distribute_values_from_function(
+        lambda context: x[: 0 if context.replica_id_in_sync_group else None]
+    )
+    trained, evaluated, gradients = tf.nest.map_structure(strategy.experimental_local_results, run(given))
+    expected = layer(x).shape
+    for shapes in (trained, evaluated):
+        assert [list(each) for each in shapes] == [list(expected), [0, *expected[1:]]]
+    for with_rows, without in gradients:
+        assert np.any(tf.cast(with_rows, "float32") != 0)
+        np.testing.assert_array_equal(tf.cast(without, "float32"), np.zeros(without.shape))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_parts_of_images_are_not_made_before_the_gradient_comes(name, dtype, gains_from_16_bits):
