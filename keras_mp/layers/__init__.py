@@ -9,6 +9,7 @@ from keras_mp.layers.embedding import Embedding
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
 from keras_mp.layers.head import Head
+from keras_mp.layers.max_pooling import MaxPooling1D, MaxPooling2D, MaxPooling3D
 from keras_mp.layers.normalization import GroupNormalization, LayerNormalization, RMSNormalization
 from keras_mp.layers.pooling import (
     AveragePooling1D,
@@ -66,6 +67,9 @@ __all__ = [
     "Head",
     "LSTMCell",
     "LayerNormalization",
+    "MaxPooling1D",
+    "MaxPooling2D",
+    "MaxPooling3D",
     "MultiHeadAttention",
     "Normalization",
     "RMSNormalization",

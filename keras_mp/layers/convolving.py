@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend, products
+from keras_mp.layers import rows
 from keras_mp.layers.dense import add_bias
 
 __all__ = ["Convolving", "differs", "is_on_cpu", "output_size", "product"]
@@ -28,7 +29,8 @@ class Convolving(keras.layers.Layer):
         """Computes activation(convolution + bias); see the class."""
         if not self.is_ours(inputs):
             return super().call(inputs)
-        return self.finish(_of_some_rows(self.convolve, inputs) if _may_lack_rows(inputs) else self.convolve(inputs))
+        may_lack_rows = rows.may_be_missing(inputs, served=not backend.recording())
+        return self.finish(rows.of_some(self.convolve, inputs) if may_lack_rows else self.convolve(inputs))
 
     def is_ours(self, inputs: Any) -> bool:
         """Whether to run `convolve`: channels last, in a training step or where a replica evaluates.
@@ -36,7 +38,7 @@ class Convolving(keras.layers.Layer):
         Args:
             inputs: what the layer is given.
         """
-        return self.data_format == "channels_last" and (backend.recording() or _has_replicas())
+        return self.data_format == "channels_last" and (backend.recording() or rows.in_replicas())
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step or of a replica, channels last, without bias and activation.
@@ -120,30 +122,3 @@ def output_size(size: int, kernel: int, stride: int, padding: str) -> int:
         (4, 3)
     """
     return -(-(size - (kernel - 1) * (padding == "valid")) // stride)
-
-
-def _may_lack_rows(inputs: Any) -> bool:
-    """Whether a tensor may have no rows: as a replica's share of an epoch's last batch, or for whoever is served."""
-    if not isinstance(inputs, tf.Tensor) or not inputs.shape.rank or not backend.on_cpu() or backend.in_xla_context():
-        return False
-    if inputs.shape[0] is not None:
-        return inputs.shape[0] == 0
-    return not backend.recording() or _has_replicas()
-
-
-def _has_replicas() -> bool:
-    """Whether this runs in one replica of several."""
-    replica = tf.distribute.get_replica_context()
-    return replica is not None and replica.num_replicas_in_sync > 1
-
-
-def _of_some_rows(convolve: Callable[[tf.Tensor], tf.Tensor], inputs: tf.Tensor) -> tf.Tensor:
-    """A convolution that is given a row of zeros where there is none, whose output is then left out.
-
-    Of no rows TensorFlow's convolutions on a CPU answer with the shape of their input, which fits no bias and no other
-    layer, and some of their gradients with what was in memory.
-    """
-    rows = tf.shape(inputs)[0]
-    some = tf.cond(rows > 0, lambda: inputs, lambda: tf.zeros([1, *tf.unstack(tf.shape(inputs))[1:]], inputs.dtype))
-    outputs = convolve(tf.ensure_shape(some, [None, *inputs.shape[1:]]))
-    return tf.cond(rows > 0, lambda: outputs, lambda: outputs[:0])

@@ -283,10 +283,16 @@ def test_no_rows_of_a_group_a_channel_have_the_shape_of_others(name, policy, kno
     assert served(tf.zeros((0, *shape[1:]))).shape == (0, *expected[1:])
 
 
+@pytest.mark.stock_defect
+@pytest.mark.parametrize("name", ["pointwise", "1D", "3D", "depthwise, multiplier", "separable"])
+def test_stock_no_rows_have_the_shape_of_others(name):
+    layer, (shape,) = CASES[name].stock(use_bias=False), CASES[name].shapes
+    assert layer(tf.zeros((0, *shape[1:]))).shape == (0, *layer(tf.ones(shape)).shape[1:])
+
+
 @pytest.mark.parametrize(("policy", "known"), [("mixed_bfloat16", True), ("float64", False)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_replica_without_rows_leaves_the_step_to_the_others(name, policy, known, mirrored):
-    """Of no rows TensorFlow's convolutions answer with the shape of their input, which ends the step in an error."""
     strategy = mirrored(2)
     (shape,) = CASES[name].shapes
     with strategy.scope():
