@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import tempfile
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+# Whose layers make what is in them from their configuration, with the policy and class that it was saved with.
+_PACKAGES = ("keras", "keras_mp")
 
 _Modules = Annotated[
     list[str] | None,
@@ -145,6 +149,12 @@ def convert(
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"Wrote {target}.", markup=False)
+    if _makes_layers(converted):
+        console.print(
+            "What layers and models of your own make is made anew from a file, with Keras's layers: load it by "
+            f'keras_mp.load_model("{target.name}", "{policy}").',
+            markup=False,
+        )
 
 
 @app.command()
@@ -216,7 +226,13 @@ def tune(
     The model is compiled; the batch is (x, y) or (x, y, sample_weight) as fit takes it, or a tf.data.Dataset of
     batches, which is then timed as well. Nothing is changed.
     """
-    made = _function(source)()
+    function = _function(source)
+    try:
+        made = function()
+    except Exception as error:
+        # The traceback of the user's function, without the frames of this command before it.
+        traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+        raise typer.Exit(1) from error
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], keras.Model):
         what = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise typer.BadParameter(
@@ -312,6 +328,12 @@ def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list
         for path, layer in backend.layers_by_path(converted).items()
         if not backend.inner_layers(layer) and not isinstance(layer, keras.layers.InputLayer)
     ]
+
+
+def _makes_layers(model: keras.Model) -> bool:
+    """Whether a layer or model that is not Keras's makes layers in its own code."""
+    there = [model, *backend.layers_by_path(model).values()]
+    return any(backend.inner_layers(each) and type(each).__module__.split(".")[0] not in _PACKAGES for each in there)
 
 
 def _class_name(layer: keras.Layer) -> str:

@@ -174,14 +174,16 @@ class LossScaling:
             cause = (
                 "The loss was finite and its gradients were not, and the scale "
                 + ("cannot fall any further" if self.dynamic else "is fixed by dynamic=False")
-                + ". Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
+                + ". See that the data are finite, by np.isfinite(x).all(): a relu may turn NaN into 0, but not its "
+                "gradient. Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
                 "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
             )
         else:
             cause = (
-                "The loss was finite and its gradients were not, and the scale is still above its floor. Start from a "
-                "smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or raise "
-                "`max_consecutive_skips` to let it fall further."
+                "The loss was finite and its gradients were not, and the scale is still above its floor. See that the "
+                "data are finite, by np.isfinite(x).all(): a relu may turn NaN into 0, but not its gradient. Start "
+                "from a smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or "
+                "raise `max_consecutive_skips` to let it fall further."
             )
         return (
             f"{consecutive_skips} training steps in a row were skipped because their gradients were not finite. The "

@@ -12,9 +12,17 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend, distribution, hardware, workers
-from keras_mp.errors import ArgumentError, CompilationError, DistributionError, KerasMPError, WorkerLostError
+from keras_mp.errors import (
+    ArgumentError,
+    CompilationError,
+    DistributionError,
+    KerasMPError,
+    KerasMPWarning,
+    WorkerLostError,
+)
 from keras_mp.forward_backward import ForwardBackward, Pass
 from keras_mp.optimizer import LossScaleOptimizer
+from keras_mp.policy import stacklevel
 
 __all__ = ["Functional", "Model"]
 
@@ -564,3 +572,21 @@ def _listed(names: Any) -> str:
     names = list(names)
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _warn_of_replicas_of_keras(model: keras.Model) -> None:
+    """Warns where Keras is to have XLA compile a step of several replicas, at which it fails."""
+    optimizer = getattr(model, "optimizer", None)
+    ours = isinstance(model, Model) or not isinstance(optimizer, LossScaleOptimizer)
+    if ours or model.jit_compile is not True or model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    warnings.warn(
+        f"Model {model.name!r} is a keras.Model, and XLA cannot compile Keras's step of "
+        f"{model.distribute_strategy.num_replicas_in_sync} replicas. Compile and fit "
+        "keras_mp.Model.from_model(model), or write model.compile(..., jit_compile=False).",
+        KerasMPWarning,
+        stacklevel=stacklevel(),
+    )
+
+
+backend.call_before_training(_warn_of_replicas_of_keras)

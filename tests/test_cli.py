@@ -132,6 +132,7 @@ def test_convert_writes_the_model_under_the_policy(trained, monkeypatch):
         ["1", "Dense", "keras_mp.Head", "float16"],
     ]
     assert "Wrote mixed.keras." in result.output
+    assert "load_model" not in result.output  # no layer makes others
     mixed = keras_mp.load_model("mixed.keras")
     assert isinstance(mixed.optimizer, keras_mp.LossScaleOptimizer)
     assert int(mixed.optimizer.iterations) == 1
@@ -180,6 +181,37 @@ def test_convert_says_what_is_missing(trained, monkeypatch, arguments, code, wor
     assert not (trained / "out.keras").exists()
 
 
+def test_convert_says_how_to_load_what_a_layer_of_ones_own_makes(tmp_path):
+    program = (
+        "import keras, sys\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Block(keras.layers.Layer):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.inner = keras.layers.Dense(3)\n"
+        "    def call(self, inputs):\n"
+        "        return self.inner(inputs)\n"
+        "if __name__ == '__main__':\n"
+        "    x = keras.Input((3,))\n"
+        "    keras.Model(x, Block()(x)).save('net.keras')\n"
+    )
+    (tmp_path / "block.py").write_text(program)
+    subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, capture_output=True)
+    convert = ["convert", "net.keras", "out.keras", "--policy", "mixed_bfloat16", "--import", "block"]
+    told = subprocess.run(
+        [sys.executable, "-m", "keras_mp", *convert], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert 'load it by keras_mp.load_model("out.keras", "mixed_bfloat16").' in told
+    load = (
+        "import block, keras, keras_mp\n"
+        "for model in (keras_mp.load_model('out.keras', 'mixed_bfloat16'), keras.models.load_model('out.keras')):\n"
+        "    inner = next(layer for layer in model.layers if isinstance(layer, block.Block)).inner\n"
+        "    print(type(inner).__module__.split('.')[0], inner.compute_dtype)\n"
+    )
+    loaded = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines() == ["keras_mp bfloat16", "keras float32"]
+
+
 def test_convert_names_the_class_that_is_not_imported(trained):
     command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "convert", "net.keras", "out.keras"]
     ran = subprocess.run(command, cwd=trained, capture_output=True, text=True, check=False)
@@ -189,7 +221,7 @@ def test_convert_names_the_class_that_is_not_imported(trained):
 
 def test_doctor_is_quiet():
     environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
-    command = [sys.executable, "-c", "from keras_mp.cli import app; app()", "doctor", "--json"]
+    command = [sys.executable, "-m", "keras_mp", "doctor", "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout)["recommended_policy"] == keras_mp.detect().recommended_policy

@@ -456,8 +456,9 @@ def built_subclass():
 )
 def test_a_model_without_symbolic_inputs(tmp_path, make):
     assert message(export, make(), tmp_path / "m") == (
-        "Model 'mine' has no symbolic inputs, so its signature is not known. Build it as a Functional model, or put "
-        "keras.Input(shape) first in the Sequential one."
+        "Model 'mine' has no symbolic inputs, so its signature is not known. For a Sequential model put "
+        "keras.Input(shape) first; for any other type inputs = keras.Input(shape), which takes a dtype as well, and "
+        "export keras.Model(inputs, model(inputs))."
     )
     assert names_in(tmp_path) == []
 

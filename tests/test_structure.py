@@ -46,6 +46,7 @@ ORDER = [
     "export",
     "launch",
     "cli",
+    "__main__",
 ]
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

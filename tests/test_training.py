@@ -1,6 +1,7 @@
 """`keras_mp.Model` against stock Keras on one device: with XLA and without, alone and with replicas."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.errors import ArgumentError, CompilationError, DistributionError, LossScaleStuckError
+from keras_mp.errors import ArgumentError, CompilationError, DistributionError, KerasMPWarning, LossScaleStuckError
 from tests.training_models import BATCH, CROSSENTROPY, ROWS, X, Y, classifier, dense, strategy_over
 
 
@@ -184,6 +185,26 @@ def test_stock_keras_compiles_with_replicas(mirrored):
         train(keras.Model, "class weights", mirrored(2), jit_compile=True)
     except tf.errors.InvalidArgumentError as error:
         raise AssertionError(str(error)) from None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "jit_compile", "replicas", "warned"),
+    [
+        (keras.Model, True, 2, True),
+        (keras.Model, "auto", 2, False),
+        (keras.Model, True, 1, False),
+        (keras_mp.Model, True, 2, False),
+    ],
+)
+def test_a_step_of_replicas_that_keras_is_to_compile_is_warned_of(model_type, jit_compile, replicas, warned, mirrored):
+    with strategy_over(replicas, mirrored).scope():
+        inputs = keras.Input((2,))
+        model = model_type(inputs, keras.layers.Dense(1)(inputs))
+        optimizer = keras_mp.LossScaleOptimizer("sgd")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", KerasMPWarning)
+            model.compile(optimizer, "mse", jit_compile=jit_compile)
+    assert ["keras_mp.Model.from_model(model)" in str(each.message) for each in told] == [True] * warned
 
 
 @pytest.mark.stock_defect

@@ -197,8 +197,9 @@ def _structure(model: keras.Model) -> Any:
         raise ExportError(f"Expected a keras.Model, received {model!r} of type {type(model).__name__}.")
     if not getattr(model, "inputs", None):
         raise ExportError(
-            f"Model {model.name!r} has no symbolic inputs, so its signature is not known. Build it as a Functional "
-            "model, or put keras.Input(shape) first in the Sequential one."
+            f"Model {model.name!r} has no symbolic inputs, so its signature is not known. For a Sequential model put "
+            "keras.Input(shape) first; for any other type inputs = keras.Input(shape), which takes a dtype as well, "
+            "and export keras.Model(inputs, model(inputs))."
         )
     # A Sequential model has no `input` before its first call.
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input

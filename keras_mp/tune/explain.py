@@ -13,6 +13,7 @@ __all__ = [
     "Kernel",
     "Pipeline",
     "about_dimensions",
+    "about_failed",
     "about_hardware",
     "about_pipeline",
     "about_products",
@@ -120,18 +121,19 @@ def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> li
     if best.gains:
         most = 1 / (1 - share + share / best.ratio)
         sentences[0] += (
-            f" So {best.dtype} products alone make the step {most:.1f} times as fast at most; what is gained beyond is "
-            "that of other layers, gradients and updates, and of less to move in memory."
+            f" Faster {best.dtype} products alone make the step {most:.1f} times as fast; other layers, gradients and "
+            "updates, and less to move in memory, come on top of that, and are in what was timed."
         )
     return sentences
 
 
-def about_small_products(work: Work, kernels: Sequence[Kernel]) -> list[str]:
+def about_small_products(work: Work, kernels: Sequence[Kernel], names: frozenset[str] = frozenset()) -> list[str]:
     """Layers whose products are too small to gain from 16 bits.
 
     Args:
         work: the products of a step.
         kernels: of the layers that multiply, by which they are named.
+        names: of all layers, by which other products are.
     """
     forward = [product for product in work.products if product.is_forward]
     small = [product for product in forward if product.flops < _SMALL_FLOPS]
@@ -142,8 +144,8 @@ def about_small_products(work: Work, kernels: Sequence[Kernel]) -> list[str]:
         return []
     return [
         f"{len(small)} of {len(forward)} products of the forward pass are too small to gain from 16 bits, below "
-        f"{_operations(_SMALL_FLOPS)} operations: {listed([_layer(each, kernels) for each in small])}. Larger batches "
-        "make them larger: try batch_size four times as large."
+        f"{_operations(_SMALL_FLOPS)} operations: {listed([_layer(each, kernels, names) for each in small])}. Larger "
+        "batches make them larger: try batch_size four times as large."
     ]
 
 
@@ -238,18 +240,28 @@ def about_untimed(candidates: Sequence[Candidate], budget: float) -> list[str]:
     if not untimed:
         return []
     return [
-        f"Not timed within {budget:g} seconds: {listed([each.in_words for each in untimed])}. Type tune(..., "
-        f"budget={4 * budget:g}) to have them timed, or name what you would use in policies and jit_compile."
+        f"Not timed within {budget:g} seconds: {listed([each.in_words for each in untimed])}. Give a budget of "
+        f"{4 * budget:g} seconds to have them timed, or name the policies that you would use."
     ]
 
 
-def _layer(product: Product, kernels: Sequence[Kernel]) -> str:
+def about_failed(candidates: Sequence[Candidate]) -> list[str]:
+    """Why some candidates could not be timed, which their table has no room for.
+
+    Args:
+        candidates: all there were.
+    """
+    failed = [(each.in_words, each.why.partition(": ")) for each in candidates if each.why.startswith("failed")]
+    return [f"{name} {what}: {why}" for name, (what, _, why) in failed]
+
+
+def _layer(product: Product, kernels: Sequence[Kernel], names: frozenset[str]) -> str:
     """The path of the layer that a product belongs to, or else the scope of its name."""
-    scopes = product.name.split("/")[:-1]
+    scopes = [_without_number(scope, names) for scope in product.name.split("/")[:-1]]
     # TensorFlow adds a number to a name that is taken, and a layer's own name may end in one.
-    names = {*scopes, *(re.sub(r"_\d+$", "", scope) for scope in scopes)}
+    parts = {*scopes, *(re.sub(r"_\d+$", "", scope) for scope in scopes)}
     for kernel in kernels:
-        if math.prod(kernel.shape) == math.prod(product.factor) and kernel.path.split("/")[-1] in names:
+        if math.prod(kernel.shape) == math.prod(product.factor) and kernel.path.split("/")[-1] in parts:
             return kernel.path
     return "/".join(scopes) or product.name
 
@@ -266,3 +278,9 @@ def listed(names: Sequence[str]) -> str:
     names = list(dict.fromkeys(names))
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _without_number(scope: str, names: frozenset[str]) -> str:
+    """The layer's own name, where TensorFlow or the copy of the model has added a number to it."""
+    bare = re.sub(r"_\d+$", "", scope)
+    return bare if scope not in names and bare in names else scope

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -79,22 +80,27 @@ class Tuning:
 
     def table(self) -> Table:
         """The candidates as a table of `rich`, the recommended one marked."""
-        caption = "over float32: the median over all rounds of a step's time over that in float32 of the same round"
-        columns = ("", "policy", "jit_compile", "steps_per_execution", "step, ms", "over float32", "error", "")
-        table = Table(*columns, caption=caption)
+        caption = (
+            "XLA: jit_compile; steps: steps_per_execution; "
+            "over float32: the median over all rounds of a step's time over that in float32 of the same round"
+        )
+        table = Table("", box=box.SIMPLE, caption=caption)
+        for header in ("policy", "XLA", "steps", "ms/step", "over\nfloat32", "error"):
+            table.add_column(header, no_wrap=True)
+        table.add_column("")
         chosen = recommend(self.candidates)
         for each in self.candidates:
             remarks = ["as it is"] if each.current else []
             if each.agrees is False:
                 remarks.append("outputs disagree")
             if each.why:
-                remarks.append(each.why)
+                remarks.append(each.why.partition(":")[0])
             if each.converted:
                 remarks.append("by convert")
             table.add_row(
                 "*" if each is chosen else "",
                 each.policy,
-                str(each.jit_compile),
+                "yes" if each.jit_compile else "no",
                 str(each.steps_per_execution),
                 _number(each.step_ms, ".2f"),
                 _number(each.ratio, ".2f"),

@@ -403,9 +403,11 @@ class _Search:
             return None
 
     def _explain(self, work: Work | None) -> None:
+        layers = backend.layers_by_path(self.own.model)
+        names = frozenset(part for path in layers for part in path.split("/")) | {self.model.name}
         kernels = [
             explain.Kernel(path, _as_matrix(layer, tuple(getattr(layer, name).shape)))
-            for path, layer in backend.layers_by_path(self.own.model).items()
+            for path, layer in layers.items()
             for name in ("kernel", "recurrent_kernel")
             if len(getattr(getattr(layer, name, None), "shape", ())) > 1
         ]
@@ -413,11 +415,12 @@ class _Search:
         self.findings += explain.about_products(self.products)
         if work is not None and self.candidates[0].step_ms is not None:
             self.findings += explain.about_share(work, self.candidates[0].step_ms, self.products)
-            self.findings += explain.about_small_products(work, kernels)
+            self.findings += explain.about_small_products(work, kernels, names)
         arrays = [*keras.tree.flatten(self.data.x), *self.expected]
         given = frozenset(array.shape[-1] for array in arrays if array is not None and len(array.shape) > 1)
         self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes, given)
         self.findings += explain.about_short_steps(self.candidates)
+        self.findings += explain.about_failed(self.candidates)
         self.findings += explain.about_untimed(self.candidates, self.budget)
         if self.data.dataset is not None:
             self.findings = explain.about_pipeline(self._time_pipeline(self.data.dataset)) + self.findings
