@@ -25,6 +25,7 @@ __all__ = [
     "compile_arguments",
     "compute_loss",
     "dtype_as_read",
+    "excluded_from_weight_decay",
     "first_of_generator",
     "in_xla_context",
     "inner_layers",
@@ -620,6 +621,18 @@ def auto_config(layer: keras.Layer) -> Any:
 def set_auto_config(layer: keras.Layer, arguments: "dict[str, Any] | None") -> None:
     """Sets what `auto_config` tells, on a layer that was not made by its constructor."""
     layer._auto_config = None if arguments is None else _serialization_lib.SerializableDict(**arguments)
+
+
+def excluded_from_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
+) -> tuple[list[keras.Variable], "str | None"]:
+    """Which variables an optimizer was told to leave out of its weight decay, and the pattern of further ones' names.
+
+    No configuration of an optimizer holds them.
+    """
+    keys = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    return [each for each in variables if optimizer._var_key(each) in keys], pattern and pattern.pattern
 
 
 def autocasts(variable: keras.Variable) -> bool:

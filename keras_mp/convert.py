@@ -314,7 +314,7 @@ def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild,
         arguments = backend.compile_arguments(model)
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
-        arguments["optimizer"] = _carried(model.optimizer, converted, rebuild, keeps_wrapper)
+        arguments["optimizer"] = _carried(model.optimizer, model, converted, rebuild, keeps_wrapper)
         # A `compile` of the user's has set attributes, which are copied already.
         if isinstance(converted, Model):
             arguments["jit_compile"] = model.get_compile_config()["jit_compile"]
@@ -322,11 +322,15 @@ def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild,
         else:
             keras.Model.compile(converted, **arguments, auto_scale_loss=False)
     for owner, name, optimizer in rebuild.optimizers:
-        setattr(owner, name, _carried(optimizer, converted, rebuild, keeps_wrapper))
+        setattr(owner, name, _carried(optimizer, model, converted, rebuild, keeps_wrapper))
 
 
 def _carried(
-    optimizer: keras.optimizers.Optimizer | None, model: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False
+    optimizer: keras.optimizers.Optimizer | None,
+    original: keras.Model,
+    model: keras.Model,
+    rebuild: Rebuild,
+    keeps_wrapper: bool = False,
 ) -> keras.optimizers.Optimizer | None:
     """A copy of an optimizer with its state, on the variables of the copy of a model, wrapped as that needs it."""
     if optimizer is None:
@@ -334,6 +338,11 @@ def _carried(
     wrapped = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     inner = optimizer.inner_optimizer if wrapped else optimizer
     outer = copy = _same_optimizer(inner)
+    originals = {id(variable): variable for variable in (*original.variables, *inner._trainable_variables)}
+    excluded, pattern = backend.excluded_from_weight_decay(inner, originals.values())
+    if excluded or pattern:
+        there = [rebuild.variables[id(variable)] for variable in excluded if id(variable) in rebuild.variables]
+        copy.exclude_from_weight_decay(there, [pattern] if pattern else None)
     if wrapped if keeps_wrapper else needs_loss_scaling(model):
         if keeps_wrapper or isinstance(optimizer, LossScaleOptimizer):
             outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
@@ -370,7 +379,7 @@ def _same_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
     config = optimizer.get_config()
     if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
         config["learning_rate"] = optimizer._learning_rate  # it need not be one that Keras can make again
-    return type(optimizer).from_config(config)
+    return _made_again(optimizer, config)
 
 
 def _state(optimizer: keras.optimizers.Optimizer, without: Any = None) -> list[keras.Variable]:
@@ -382,7 +391,18 @@ def _state(optimizer: keras.optimizers.Optimizer, without: Any = None) -> list[k
 
 
 def _fresh_metric(metric: Any) -> Any:
-    return type(metric).from_config(metric.get_config()) if isinstance(metric, keras.Metric) else metric
+    return _made_again(metric, metric.get_config()) if isinstance(metric, keras.Metric) else metric
+
+
+def _made_again(object: Any, config: dict[str, Any]) -> Any:
+    """A metric or an optimizer like another."""
+    try:
+        return type(object).from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConversionError(
+            f"{object.name!r} of class {type(object).__name__} cannot be made again from its configuration: {error} "
+            "Define `get_config`, and register functions with @keras.saving.register_keras_serializable()."
+        ) from error
 
 
 def _output_layers(model: keras.Layer) -> set[int]:

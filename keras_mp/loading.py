@@ -94,7 +94,8 @@ def _compile(model: keras.Model, config: dict[str, Any], weights: str) -> None:
             arguments["optimizer"] = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
         model.compile(**arguments, auto_scale_loss=False)
     if model.built and getattr(model, "optimizer", None) is not None:
-        model.optimizer.build(model.trainable_variables)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
         model.load_weights(weights)  # with the optimizer's
 
 

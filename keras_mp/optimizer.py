@@ -209,12 +209,23 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Whether XLA compiles the update of the weights, and if not, why, as the latest traced step decided."""
         return self._update.reason
 
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Leaves variables out of the weight decay of the inner optimizer, which is where it is set.
+
+        Args:
+            var_list: the variables, or None.
+            var_names: patterns of their names, or None.
+        """
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
     def build(self, var_list: Sequence[keras.Variable]) -> None:
         """Creates the state of the scale and the slots of the inner optimizer.
 
         Args:
             var_list: the variables to train.
         """
+        if self.built:
+            return  # as Keras's optimizers; its wrapper would start the scale anew and keep its state twice
         super().build(var_list)
         # Keras's wrapper made `dynamic_scale` and `step_counter`. These follow them, so that the variables of a file
         # that Keras's wrapper wrote are a subsequence of ours.

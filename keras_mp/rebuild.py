@@ -23,6 +23,17 @@ from keras_mp.errors import ConversionError
 
 __all__ = ["Choice", "Rebuild"]
 
+# What a configuration holds by names. Plain functions, and those of TensorFlow and of `functools`.
+_WITHOUT_NAMES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    functools.partial,
+    tf.types.experimental.PolymorphicFunction,
+    keras.Regularizer,
+    keras.Initializer,
+    keras.constraints.Constraint,
+)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -110,10 +121,10 @@ class Rebuild:
         self._scope = before
 
     def _from_configuration(self, layer: keras.Layer, path: str, choice: Choice) -> keras.Layer | None:
-        try:
-            config = {**layer.get_config(), **choice.arguments}
-        except NotImplementedError:
+        config = _configuration(layer)
+        if config is None:
             return None  # a class of the user's without one
+        config |= choice.arguments
         if isinstance(layer, keras.layers.Lambda):
             return None  # whose Python code Keras makes again only where files are trusted
         if "dtype" in config:
@@ -134,7 +145,7 @@ class Rebuild:
             if layer.built and not copy.built:
                 copy.build_from_config(layer.get_build_config())
         except (TypeError, ValueError, NotImplementedError, KeyError) as error:
-            if choice.cls is type(layer) and not type(layer).__module__.startswith(("keras.", "keras_mp.")):
+            if choice.cls is type(layer):
                 return None  # its configuration is not what its constructor takes
             raise ConversionError(
                 f"{path!r} of class {type(layer).__name__} cannot be made again from its configuration: {error} "
@@ -166,13 +177,15 @@ class Rebuild:
         return copy
 
     def _copy_attributes(self, layer: keras.Layer, copy: keras.Layer, path: str) -> None:
-        of_keras = set(vars(copy))
+        of_keras, untracked = set(vars(copy)), _untracked(layer)
         for name, value in vars(layer).items():
             if name in _kept_by_libraries():
                 continue
             if name not in of_keras:
                 if isinstance(value, keras.optimizers.Optimizer):
                     self.optimizers.append((copy, name, value))
+                elif name in untracked:
+                    vars(copy)[name] = keras.tree.map_structure(_plain_copy, value)
                 else:
                     setattr(copy, name, self._value(value, path, copy))
             elif isinstance(value, (bool, str, keras.layers.InputSpec, type(None))) or name == "_build_shapes_dict":
@@ -268,7 +281,7 @@ class Rebuild:
 
     def _pair(self, old: keras.Layer, new: keras.Layer) -> None:
         """Gives a layer that was made from a configuration the state of the other."""
-        for ours, theirs in ((new.weights, old.weights), (_seeds(new), _seeds(old))):
+        for ours, theirs in ((new.weights, _in_order_of(new.weights, old.weights)), (_seeds(new), _seeds(old))):
             shapes = [[tuple(variable.shape) for variable in variables] for variables in (ours, theirs)]
             if shapes[0] != shapes[1]:
                 raise ConversionError(
@@ -279,6 +292,10 @@ class Rebuild:
                 variable.assign(backend.uncast(value))
                 variable.trainable = value.trainable
                 self.variables[id(value)] = variable
+        there = _untracked(new)
+        for name, states in _untracked(old).items():
+            for variable, state in zip(there.get(name, ()), states, strict=False):
+                variable.assign(backend.uncast(state))
         _copy_assets(old, new)
 
 
@@ -312,6 +329,57 @@ def _policy(policy: keras.DTypePolicy) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _configuration(layer: keras.Layer) -> dict[str, Any] | None:
+    """What makes a layer again, with its functions and the like as they are; None where it has no `get_config`.
+
+    Keras writes them down by their names, of which it knows only its own: another `gelu` would become Keras's.
+    """
+    try:
+        config = dict(layer.get_config())
+    except NotImplementedError:
+        return None
+    except (TypeError, ValueError):  # it holds what has no name
+        config = {}
+        shadow = _unmade(type(layer))
+        vars(shadow).update(vars(layer))
+        for name, value in vars(layer).items():
+            if isinstance(value, _WITHOUT_NAMES):
+                vars(shadow)[name] = keras.activations.linear if callable(value) else None
+        try:
+            config = dict(shadow.get_config())
+        except (TypeError, ValueError, AttributeError):
+            return None
+    if type(layer).get_config is not keras.Layer.get_config:  # of which a file holds what it was given
+        config |= {key: getattr(layer, key) for key in config if isinstance(getattr(layer, key, None), _WITHOUT_NAMES)}
+    return config
+
+
+def _in_order_of(ours: list[keras.Variable], theirs: list[keras.Variable]) -> list[keras.Variable]:
+    """Variables in the order of others of the same names, which quantization in float8 changes."""
+    by_name = {variable.name: variable for variable in theirs}
+    names = [variable.name for variable in ours]
+    same = len(by_name) == len(theirs) and sorted(names) == sorted(by_name)
+    return [by_name[name] for name in names] if same else theirs
+
+
+def _untracked(layer: keras.Layer) -> dict[str, list[keras.Variable]]:
+    """By attribute, the variables that a layer keeps out of its files, as a stateful recurrent one does its states."""
+    kept = {id(variable) for variable in layer.variables}
+    found = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, (list, tuple)) and value and not name.startswith("_"):
+            flat = keras.tree.flatten(value)
+            if all(isinstance(each, keras.Variable) and id(each) not in kept for each in flat):
+                found[name] = flat
+    return found
+
+
+def _plain_copy(variable: keras.Variable) -> keras.Variable:
+    return keras.Variable(
+        backend.uncast(variable), dtype=variable.dtype, trainable=variable.trainable, name=variable.name
+    )
 
 
 def _input_like(tensor: keras.KerasTensor) -> keras.KerasTensor:

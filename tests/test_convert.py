@@ -1,5 +1,6 @@
 """Conversion to another policy and back: the same function, weights, classes, names and optimizer."""
 
+import functools
 import warnings
 
 import keras
@@ -637,3 +638,124 @@ def test_slow_convolutions_of_keras_are_told_of_before_training(layer, policy, w
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".*gains nothing on this", KerasMPWarning)
             keras_mp.convert(model, "mixed_bfloat16").compile("sgd", "mse")
+
+
+def gelu(x):
+    """Of the name of one of Keras's."""
+    return 100 * x * keras.ops.sigmoid(1.702 * x)
+
+
+class Halving(keras.Regularizer):
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, x):
+        return self.rate * keras.ops.sum(x**2)
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+FUNCTIONS = {
+    "of a name that is Keras's": gelu,
+    "of the user's": lambda x: 3 * x,
+    "of TensorFlow": tf.nn.silu,
+    "partial": functools.partial(keras.activations.relu, negative_slope=0.25),
+    "of Keras, by another way": keras.ops.gelu,
+}
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_stay_the_ones_they_are(name, policy):
+    """Keras writes a function down by its name, and of those of users it knows none."""
+    function = FUNCTIONS[name]
+    inputs = keras.Input((4,))
+    x = layers.Dense(5, activation=function, kernel_regularizer=Halving(0.5))(inputs)
+    x = layers.Activation(function)(layers.EinsumDense("ab,bc->ac", (5,), bias_axes="c", activation=function)(x))
+    model = keras.Model(inputs, layers.Dense(2, kernel_initializer=lambda shape, dtype=None: tf.ones(shape, dtype))(x))
+    converted = keras_mp.convert(model, policy)
+    given = normal(8, 4)
+    tolerance = {"float32": 0, "mixed_bfloat16": TOLERANCE["mixed_bfloat16"]}[policy]
+    expected = model(given).numpy()
+    np.testing.assert_allclose(converted(given), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(sum(converted.losses), sum(model.losses), rtol=1e-6)
+    again = keras_mp.convert(converted, "float32")
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in model.layers]
+    np.testing.assert_array_equal(again(given), expected)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_convolutional_lstms(rank, policy):
+    inputs = keras.Input((3, *[6] * rank, 2))
+    x = getattr(layers, f"ConvLSTM{rank}D")(3, 3, return_sequences=True)(inputs)
+    model = keras.Model(inputs, getattr(layers, f"ConvLSTM{rank}D")(2, 3)(x))
+    converted = keras_mp.convert(model, policy)
+    given = normal(2, 3, *[6] * rank, 2)
+    expected = model(given).numpy()
+    tolerance = TOLERANCE.get(policy, 0) * np.abs(expected).max()
+    np.testing.assert_allclose(converted(given), expected, rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(keras_mp.convert(converted, "float32")(given), expected)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_states_of_recurrent_layers_come_along_and_stay_out_of_files(kind, policy, tmp_path):
+    inputs = keras.Input(batch_shape=(3, 5, 4))
+    model = keras.Model(inputs, layers.Dense(2)(getattr(layers, kind)(3, stateful=True)(inputs)))
+    model(normal(3, 5, 4))
+    converted = keras_mp.convert(model, policy)
+    assert [weight.path for weight in converted.weights] == [weight.path for weight in model.weights]
+    for mine, theirs in zip(converted.layers[1].states, model.layers[1].states, strict=True):
+        assert np.any(theirs.numpy() != 0)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE.get(policy, 0))
+    given = normal(3, 5, 4)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.layers[1].reset_state()
+    converted.layers[1].reset_state()
+    model.layers[1].reset_state()
+    np.testing.assert_array_equal(loaded(given), converted(given))
+    converted.layers[1].reset_state()
+    np.testing.assert_allclose(converted(given), model(given), rtol=0, atol=TOLERANCE.get(policy, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
+def test_a_model_quantized_in_float8():
+    """Which lists its variables in another order than one that is made again."""
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)])
+    model.quantize("float8")
+    given = normal(4, 6)
+    np.testing.assert_array_equal(keras_mp.convert(model, "mixed_bfloat16")(given), model(given))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("how", ["names", "variables"])
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, keras_mp.LossScaleOptimizer], ids=["bare", "wrapped"])
+def test_what_is_excluded_from_weight_decay_stays_so(wrap, how, built, policy):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, bias_initializer="ones")])
+    optimizer = wrap(keras.optimizers.SGD(0.1, weight_decay=1.0))
+    bias = model.layers[0].bias
+    optimizer.exclude_from_weight_decay(**({"var_names": ["bias"]} if how == "names" else {"var_list": [bias]}))
+    model.compile(optimizer, "mse")
+    if built:
+        optimizer.build(model.trainable_variables)
+    converted = keras_mp.convert(model, policy)
+    for each in (model, converted):
+        each.fit(np.zeros((8, 4)), np.ones((8, 2)), epochs=3, verbose=0)
+        kernel, bias = each.get_weights()
+        np.testing.assert_array_equal(bias, [1, 1])
+        assert np.abs(kernel).max() < 0.8 * np.sqrt(6 / (4 + 2))  # of what it is drawn from
+
+
+def named_mean(y, prediction):
+    return prediction
+
+
+def test_a_metric_that_cannot_be_made_again_is_named():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=[keras.metrics.MeanMetricWrapper(named_mean, name="mine")])
+    with pytest.raises(ConversionError, match="'mine' of class MeanMetricWrapper cannot be made again"):
+        keras_mp.convert(model, "float32")

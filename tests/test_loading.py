@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_mp
 from keras_mp.errors import ArgumentError, ConversionError
@@ -105,6 +106,31 @@ def test_a_model_of_ours_comes_back(tmp_path):
     loaded = keras_mp.load_model(tmp_path / "mixed.keras")
     np.testing.assert_array_equal(loaded(X), mixed(X))
     assert [layer.compute_dtype for layer in loaded.layers] == [layer.compute_dtype for layer in mixed.layers]
+
+
+@pytest.mark.parametrize("load", [keras.models.load_model, keras_mp.load_model])
+def test_the_scale_of_a_model_of_ours_goes_on(tmp_path, load):
+    inputs = keras.Input((4,))
+    model = keras_mp.Model(inputs, keras.layers.Dense(1)(keras.layers.Dense(3)(inputs)))
+    optimizer = keras_mp.LossScaleOptimizer("adam", initial_scale=512.0, dynamic_growth_steps=2)
+    model.compile(optimizer, "mse")
+    model.fit(X, Y, batch_size=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = load(tmp_path / "model.keras").optimizer
+    assert float(loaded.loss_scale) == float(optimizer.loss_scale) == 2048
+    assert len(loaded.variables) == len(optimizer.variables)
+
+
+def test_an_optimizer_that_is_built_again_keeps_its_state():
+    optimizer = keras_mp.LossScaleOptimizer("adam", initial_scale=512.0)
+    weight = keras.Variable([1.0])
+    optimizer.build([weight])
+    optimizer.scale_loss(tf.constant(1.0))
+    optimizer.apply([tf.constant([float("nan")])], [weight])
+    before = [variable.numpy() for variable in optimizer.variables]
+    assert float(optimizer.loss_scale) == 256
+    optimizer.build([weight])
+    assert [variable.numpy() for variable in optimizer.variables] == before
 
 
 def test_it_need_not_be_compiled(tmp_path):

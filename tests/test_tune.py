@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import keras_mp
 from keras_mp import backend, cli
-from keras_mp.errors import ArgumentError, DistributionError, PolicyError
+from keras_mp.errors import ArgumentError, ConversionError, DistributionError, PolicyError
 from keras_mp.hardware import Device, ProductTimes, fast_dtypes
 from keras_mp.hardware import recommend as recommend_hardware
 from keras_mp.tune import Candidate, Tuning, explain, recommend
@@ -670,3 +670,36 @@ def test_the_command_says_what_is_missing(program, source, code, words):
     result = run(source)
     assert result.exit_code == code
     assert words in " ".join(result.output.replace("│", "").split())
+
+
+def test_a_dataset_that_fails_after_its_first_batch_is_told():
+    def batches():
+        yield np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+        raise ValueError("the second batch is not there")
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    signature = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 2)))
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    tuning = keras_mp.tune(model, dataset, policies="float32", jit_compile=False, steps_per_execution=1, budget=30)
+    assert tuning.policy == "float32"
+    (told,) = [finding for finding in tuning.findings if "failed after its first batch" in finding]
+    assert "the second batch is not there" in told
+
+
+def test_what_cannot_be_trained_is_told_whole():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(ArgumentError, match=r"label value of 7 which is outside the valid range of \[0, 2\)"):
+        keras_mp.tune(model, (np.ones((8, 4)), np.full(8, 7)), policies="float32", budget=10)
+
+
+def test_a_metric_that_cannot_be_copied_is_named():
+    class Needy(keras.metrics.Mean):
+        def __init__(self, what):
+            super().__init__()
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=[Needy(1)])
+    with pytest.raises(ConversionError, match="of class Needy cannot be made again"):
+        keras_mp.tune(model, (np.ones((8, 4)), np.ones((8, 2))), policies="float32", budget=10)

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_mp import backend, hardware
 from keras_mp.convert import convert, duplicate
-from keras_mp.errors import ArgumentError, DistributionError, KerasMPError, KerasMPWarning
+from keras_mp.errors import ArgumentError, ConversionError, DistributionError, KerasMPError, KerasMPWarning
 from keras_mp.policy import advice, chosen_policy, compute_dtypes
 from keras_mp.tune import explain
 from keras_mp.tune.report import Candidate, Tuning, recommend, why_recommended
@@ -211,9 +211,11 @@ class _Search:
 
     def _copy_as_it_is(self) -> Copy:
         start = time.perf_counter()
-        copy = duplicate(self.model)
         try:
+            copy = duplicate(self.model)
             backend.build(copy, self.data.first)
+        except ConversionError:
+            raise
         except Exception as error:
             raise self._untrainable(error) from error
         self.copying_seconds = time.perf_counter() - start
@@ -423,7 +425,11 @@ class _Search:
         self.findings += explain.about_failed(self.candidates)
         self.findings += explain.about_untimed(self.candidates, self.budget)
         if self.data.dataset is not None:
-            self.findings = explain.about_pipeline(self._time_pipeline(self.data.dataset)) + self.findings
+            try:
+                told = explain.about_pipeline(self._time_pipeline(self.data.dataset))
+            except Exception as error:  # of a later batch than the first, which the candidates were timed on
+                told = [f"The dataset was not timed, for it failed after its first batch: {_in_words(error)}"]
+            self.findings = told + self.findings
 
     def _time_pipeline(self, dataset: tf.data.Dataset) -> explain.Pipeline:
         """Times a step with the user's dataset, beside the same with the cached batch, and the dataset alone."""
@@ -590,7 +596,15 @@ def _in_words(error: Exception) -> str:
     """What an error says, without what Keras puts around it, in one line."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Exception encountered", "Arguments received"))]
+    around = (
+        "Exception encountered",
+        "Arguments received",
+        "Graph execution error",
+        "Detected at node",
+        "File ",
+        "[[{{",
+    )
+    lines = [line for line in lines if line and not line.startswith(around)]
     words = lines[0] if lines else ""
     words = words if len(words) <= 300 else f"{words[:300]}..."
     return words if isinstance(error, KerasMPError) else f"{type(error).__name__}: {words}"
