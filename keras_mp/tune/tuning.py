@@ -58,6 +58,11 @@ _FOR_RELEASE = 0.1
 _PIPELINE_SECONDS = 5.0
 _PIPELINE_BATCHES = 20
 
+# Lines that Keras and TensorFlow put around what an error says.
+_AROUND = re.compile(
+    r"Exception encountered|Arguments received|Graph execution error|Detected at node|File |\[\[\{\{|<stack traces"
+)
+
 
 def tune(
     model: keras.Model,
@@ -594,17 +599,9 @@ def _layers_of(model: keras.Model) -> list[tuple[str, type, str, Any]]:
 
 def _in_words(error: Exception) -> str:
     """What an error says, without what Keras puts around it, in one line."""
-    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    text = re.sub(r"\x1b\[\d*m|\{\{function_node [^}]*\}\} ", "", str(error))
     lines = [line.strip() for line in text.splitlines()]
-    around = (
-        "Exception encountered",
-        "Arguments received",
-        "Graph execution error",
-        "Detected at node",
-        "File ",
-        "[[{{",
-    )
-    lines = [line for line in lines if line and not line.startswith(around)]
+    lines = [line for line in lines if line and not _AROUND.match(line)]
     words = lines[0] if lines else ""
     words = words if len(words) <= 300 else f"{words[:300]}..."
     return words if isinstance(error, KerasMPError) else f"{type(error).__name__}: {words}"
