@@ -63,7 +63,7 @@ class Convolving(keras.layers.Layer):
 
 
 def product(function: Callable[..., tf.Tensor], *tensors: Any) -> tf.Tensor:
-    """A convolution, in float32 inside where 16 bits gain nothing.
+    """A convolution, in a training step in float32 inside where 16 bits gain nothing.
 
     Args:
         function: of inputs and kernels, that computes in their dtype.
@@ -71,7 +71,7 @@ def product(function: Callable[..., tf.Tensor], *tensors: Any) -> tf.Tensor:
     """
     tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
     alike = len({tensor.dtype for tensor in tensors}) == 1
-    return products.product(function, *tensors) if alike else function(*tensors)
+    return products.product(function, *tensors) if alike and backend.recording() else function(*tensors)
 
 
 def is_on_cpu(layer: Any, inputs: Any) -> bool:

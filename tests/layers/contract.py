@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float64")
@@ -69,6 +70,23 @@ class Case:
     def allows(self, dtype: str) -> float:
         """The difference to allow, of the largest value."""
         return self.tolerance.get(dtype, TOLERANCE[dtype])
+
+
+def checked(cases: dict[str, Case], policies: Sequence[str] = POLICIES) -> list[Any]:
+    """Parameters of `name` and `policy`: all policies of the first case of each class, and bfloat16 of the others.
+
+    The rest, which takes minutes and shows little more, is of the slow tests.
+
+    Args:
+        cases: by name.
+        policies: names of policies.
+    """
+    firsts = {type(case.ours()): name for name, case in reversed(cases.items())}.values()
+    return [
+        pytest.param(name, policy, marks=() if name in firsts or policy == "mixed_bfloat16" else pytest.mark.slow)
+        for name in cases
+        for policy in policies
+    ]
 
 
 def check_contract(case: Case, policy: str, folder: Path, strategy: tf.distribute.Strategy) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.layers import dot_product
-from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients_of
+from tests.layers.contract import Case, assert_close, check_contract, checked, gradients_of
 
 SHAPES = [(4, 6, 8), (4, 5, 8)]
 LISTED = [(4, 6, 8), (4, 5, 8), (4, 5, 8)]
@@ -82,8 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 

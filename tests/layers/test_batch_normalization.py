@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from tests.derivatives import early_operations
-from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.layers.contract import Case, assert_close, check_contract, checked, gradients
 
 MASK = np.array([[True, False, True, True, False], [True, True, True, False, False]])
 # Of each channel something shows: Keras moves the statistics of one of which nothing does towards 0.
@@ -63,8 +63,7 @@ if "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters:  #
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 

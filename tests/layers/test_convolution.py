@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_mp import layers
 from keras_mp.layers import kernel_gradients
 from tests.derivatives import early_operations
-from tests.layers.contract import POLICIES, Case, check_contract
+from tests.layers.contract import POLICIES, Case, check_contract, checked
 
 
 def case(name, shape, *arguments, **settings):
@@ -63,8 +63,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.errors import ArgumentError
-from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.layers.contract import Case, assert_close, check_contract, checked, gradients
 
 CASES = {
     "LayerNormalization": Case(layers.LayerNormalization, keras.layers.LayerNormalization, [(4, 3, 5)]),
@@ -53,8 +53,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 
