@@ -333,11 +333,15 @@ def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list
 def _makes_layers(model: keras.Model) -> bool:
     """Whether a layer or model that is not Keras's makes layers in its own code."""
     there = [model, *backend.layers_by_path(model).values()]
-    return any(backend.inner_layers(each) and type(each).__module__.split(".")[0] not in _PACKAGES for each in there)
+    return any(backend.inner_layers(each) and _package(each) not in _PACKAGES for each in there)
+
+
+def _package(layer: keras.Layer) -> str:
+    return type(layer).__module__.partition(".")[0]
 
 
 def _class_name(layer: keras.Layer) -> str:
-    package = type(layer).__module__.split(".")[0]
+    package = _package(layer)
     return f"{package}.{type(layer).__name__}" if package == "keras_mp" else type(layer).__name__
 
 

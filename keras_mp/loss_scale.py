@@ -170,20 +170,22 @@ class LossScaling:
                 "the data are at fault. Look for NaN or inf in a batch and in the weights, lower the learning rate or "
                 "set `global_clipnorm` on the inner optimizer, and see that the loss is computed in float32."
             )
-        elif scale <= self.min_scale or not self.dynamic:
-            cause = (
-                "The loss was finite and its gradients were not, and the scale "
-                + ("cannot fall any further" if self.dynamic else "is fixed by dynamic=False")
-                + ". See that the data are finite, by np.isfinite(x).all(): a relu may turn NaN into 0, but not its "
-                "gradient. Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
-                "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
-            )
         else:
+            if scale <= self.min_scale or not self.dynamic:
+                state = "cannot fall any further" if self.dynamic else "is fixed by dynamic=False"
+                advice = (
+                    "Find the layer whose gradient overflows in 16 bits and give it dtype='float32', use "
+                    "mixed_bfloat16, which has float32's range, or pass a smaller `min_scale`."
+                )
+            else:
+                state = "is still above its floor"
+                advice = (
+                    "Start from a smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls "
+                    "faster, or raise `max_consecutive_skips` to let it fall further."
+                )
             cause = (
-                "The loss was finite and its gradients were not, and the scale is still above its floor. See that the "
-                "data are finite, by np.isfinite(x).all(): a relu may turn NaN into 0, but not its gradient. Start "
-                "from a smaller `initial_scale`, lower `hysteresis` or `backoff_factor` so that it falls faster, or "
-                "raise `max_consecutive_skips` to let it fall further."
+                f"The loss was finite and its gradients were not, and the scale {state}. See that the data are finite, "
+                f"by np.isfinite(x).all(): a relu may turn NaN into 0, but not its gradient. {advice}"
             )
         return (
             f"{consecutive_skips} training steps in a row were skipped because their gradients were not finite. The "

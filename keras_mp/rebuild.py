@@ -341,12 +341,11 @@ def _configuration(layer: keras.Layer) -> dict[str, Any] | None:
     except NotImplementedError:
         return None
     except (TypeError, ValueError):  # it holds what has no name
-        config = {}
         shadow = _unmade(type(layer))
         vars(shadow).update(vars(layer))
         for name, value in vars(layer).items():
             if isinstance(value, _WITHOUT_NAMES):
-                vars(shadow)[name] = keras.activations.linear if callable(value) else None
+                vars(shadow)[name] = keras.activations.linear
         try:
             config = dict(shadow.get_config())
         except (TypeError, ValueError, AttributeError):

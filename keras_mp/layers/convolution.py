@@ -32,8 +32,16 @@ _SMALL_STRIDED = 8
 _SMALL_POINTWISE = 28
 
 
+class _Grouped(Convolving):
+    """A convolution that is a depthwise one, also outside training, where each channel is a group of its own."""
+
+    def is_ours(self, inputs: Any) -> bool:
+        """Whether to run `convolve`; see `Convolving`."""
+        return super().is_ours(inputs) or _is_depthwise(self, inputs)
+
+
 @keras.saving.register_keras_serializable(package="keras_mp")
-class Conv1D(Convolving, keras.layers.Conv1D):
+class Conv1D(_Grouped, keras.layers.Conv1D):
     """1D convolution whose gradient to the bias is summed in float32.
 
     A drop-in for `keras.layers.Conv1D`, with the same arguments and weights. With as many groups as the input has
@@ -64,10 +72,6 @@ class Conv1D(Convolving, keras.layers.Conv1D):
         TensorShape([1, 8, 4])
     """
 
-    def is_ours(self, inputs: Any) -> bool:
-        """Whether to run `convolve`; see `Convolving`."""
-        return super().is_ours(inputs) or _is_depthwise(self, inputs)
-
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step, or of a group a channel; see `Convolving`."""
         padding, kernel = self.padding, tf.convert_to_tensor(self.kernel)
@@ -87,7 +91,7 @@ class Conv1D(Convolving, keras.layers.Conv1D):
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class Conv2D(Convolving, keras.layers.Conv2D):
+class Conv2D(_Grouped, keras.layers.Conv2D):
     """2D convolution whose gradient to the kernel is, on a CPU, a matrix product where that was seen to be faster.
 
     A drop-in for `keras.layers.Conv2D`, with the same arguments, weights and numbers. The gradient to the kernel is a
@@ -119,10 +123,6 @@ class Conv2D(Convolving, keras.layers.Conv2D):
         >>> layer(np.ones((1, 8, 8, 2), "float32")).shape
         TensorShape([1, 8, 8, 4])
     """
-
-    def is_ours(self, inputs: Any) -> bool:
-        """Whether to run `convolve`; see `Convolving`."""
-        return super().is_ours(inputs) or _is_depthwise(self, inputs)
 
     def convolve(self, inputs: Any) -> tf.Tensor:
         """The convolution of a training step; see `Convolving`."""

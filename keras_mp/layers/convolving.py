@@ -29,8 +29,7 @@ class Convolving(keras.layers.Layer):
         """Computes activation(convolution + bias); see the class."""
         if not self.is_ours(inputs):
             return super().call(inputs)
-        may_lack_rows = rows.may_be_missing(inputs, served=not backend.recording())
-        return self.finish(rows.of_some(self.convolve, inputs) if may_lack_rows else self.convolve(inputs))
+        return self.finish(rows.of_some(self.convolve, inputs, served=not backend.recording()))
 
     def is_ours(self, inputs: Any) -> bool:
         """Whether to run `convolve`: channels last, in a training step or where a replica evaluates.

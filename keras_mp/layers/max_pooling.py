@@ -14,7 +14,7 @@ __all__ = ["MaxPooling1D", "MaxPooling2D", "MaxPooling3D"]
 class _MaxPooling(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """Takes the largest value of each window; see the class."""
-        return rows.of_some(self.pool, inputs) if rows.may_be_missing(inputs) else self.pool(inputs)
+        return rows.of_some(self.pool, inputs)
 
     def pool(self, inputs: Any) -> Any:
         """The largest values of the windows of some rows.

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["in_replicas", "may_be_missing", "of_some"]
+__all__ = ["in_replicas", "of_some"]
 
 
 def in_replicas() -> bool:
@@ -21,30 +21,30 @@ def in_replicas() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
-def may_be_missing(inputs: Any, served: bool = False) -> bool:
-    """Whether a tensor has or may have no rows, where that would be wrong: on a CPU, outside XLA.
-
-    Args:
-        inputs: what a layer is given.
-        served: whether it may be by anyone, and not by `fit` alone, which has rows wherever there is one replica.
-    """
-    if not isinstance(inputs, tf.Tensor) or not inputs.shape.rank or not backend.on_cpu() or backend.in_xla_context():
-        return False
-    return inputs.shape[0] == 0 or (inputs.shape[0] is None and (served or in_replicas()))
-
-
-def of_some(function: Callable[[tf.Tensor], tf.Tensor], inputs: tf.Tensor) -> tf.Tensor:
+def of_some(function: Callable[[Any], tf.Tensor], inputs: Any, served: bool = False) -> tf.Tensor:
     """A function of rows that is given one of zeros where there is none, whose answer to it is left out.
+
+    Where rows cannot be missing it is the function alone.
 
     Args:
         function: from rows to as many rows.
         inputs: tensor of shape (batch, ...).
+        served: whether anyone may call, and not `fit` alone, which has rows wherever there is one replica.
 
     Example:
         >>> of_some(lambda rows: rows[:, :2], tf.zeros([0, 3])).shape
         TensorShape([0, 2])
     """
+    if not _may_be_missing(inputs, served):
+        return function(inputs)
     rows = tf.shape(inputs)[0]
     some = tf.cond(rows > 0, lambda: inputs, lambda: tf.pad(inputs, [[0, 1], *[[0, 0]] * (inputs.shape.rank - 1)]))
     outputs = function(tf.ensure_shape(some, [None, *inputs.shape[1:]]))
     return tf.cond(rows > 0, lambda: outputs, lambda: outputs[:0])
+
+
+def _may_be_missing(inputs: Any, served: bool) -> bool:
+    """Whether a tensor has or may have no rows, where that would be wrong: on a CPU, outside XLA."""
+    if not isinstance(inputs, tf.Tensor) or not inputs.shape.rank or not backend.on_cpu() or backend.in_xla_context():
+        return False
+    return inputs.shape[0] == 0 or (inputs.shape[0] is None and (served or in_replicas()))

@@ -72,20 +72,19 @@ class Case:
         return self.tolerance.get(dtype, TOLERANCE[dtype])
 
 
-def checked(cases: dict[str, Case], policies: Sequence[str] = POLICIES) -> list[Any]:
+def checked(cases: dict[str, Case]) -> list[Any]:
     """Parameters of `name` and `policy`: all policies of the first case of each class, and bfloat16 of the others.
 
     The rest, which takes minutes and shows little more, is of the slow tests.
 
     Args:
         cases: by name.
-        policies: names of policies.
     """
     firsts = {type(case.ours()): name for name, case in reversed(cases.items())}.values()
     return [
         pytest.param(name, policy, marks=() if name in firsts or policy == "mixed_bfloat16" else pytest.mark.slow)
         for name in cases
-        for policy in policies
+        for policy in POLICIES
     ]
 
 
