@@ -1,4 +1,4 @@
-"""The first two derivatives of a function, by two tapes."""
+"""Derivatives of functions by tapes, and what their graphs hold."""
 
 import tensorflow as tf
 
@@ -47,8 +47,9 @@ def early_operations(layer, shape, dtype, known=True, **call):
         before = set(graph.get_operations())
         gradients = tape.gradient(y, [x, *layer.trainable_variables], upstream)
         for operation in graph.get_operations():
-            # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them.
-            computes = operation not in before and operation.type not in ("Const", "ZerosLike")
+            # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them. An
+            # identity makes no tensor.
+            computes = operation not in before and operation.type not in ("Const", "ZerosLike", "Identity")
             makes_images = any(len(t.shape or []) == 4 and t.shape[0] == shape[0] for t in operation.outputs)
             if computes and makes_images and not _depends_on(operation, upstream.op):
                 found.append(operation.type)
@@ -70,3 +71,27 @@ def _depends_on(operation, event):
             seen.add(current)
             open_ += [*(tensor.op for tensor in current.inputs), *current.control_inputs]
     return False
+
+
+def executed_products(function, argument, folder):
+    """The kinds of matrix product in the graph that TensorFlow executed, after its optimizers.
+
+    Args:
+        function: a graph function of a tensor.
+        argument: that tensor.
+        folder: an empty one, for a log.
+    """
+    writer = tf.summary.create_file_writer(str(folder))
+    tf.summary.trace_on(graph=True, profiler=False)
+    function(argument)
+    with writer.as_default():
+        tf.summary.trace_export("graph", step=0)
+    writer.close()
+    ops = set()
+    for file in folder.iterdir():
+        for record in tf.compat.v1.io.tf_record_iterator(str(file)):
+            for value in tf.compat.v1.Event.FromString(record).summary.value:
+                metadata = tf.compat.v1.RunMetadata.FromString(value.tensor.string_val[0])
+                for graphs in metadata.function_graphs:
+                    ops |= {node.op for graph in graphs.partition_graphs for node in graph.node}
+    return {op for op in ops if "MatMul" in op}

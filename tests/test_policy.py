@@ -12,6 +12,7 @@ from keras_mp import backend
 from keras_mp.errors import KerasMPWarning, PolicyError
 from keras_mp.hardware import Device, ProductTimes, recommend
 from keras_mp.policy import advice
+from tests.derivatives import executed_products
 
 CPU = Device("cpu", "Skylake")
 AMX = Device("cpu", "Sapphire Rapids", ("amx_bf16",))
@@ -297,24 +298,6 @@ def test_a_scope_leaves_the_fusion_off_for_the_model_made_in_it():
 def test_the_fusion_stays_on_for_other_dtypes(given):
     quietly(given)
     assert backend.remapper_enabled()
-
-
-def executed_products(function, argument, folder):
-    """The kinds of matrix product in the graph that TensorFlow executed, after its optimizers."""
-    writer = tf.summary.create_file_writer(str(folder))
-    tf.summary.trace_on(graph=True, profiler=False)
-    function(argument)
-    with writer.as_default():
-        tf.summary.trace_export("graph", step=0)
-    writer.close()
-    ops = set()
-    for file in folder.iterdir():
-        for record in tf.compat.v1.io.tf_record_iterator(str(file)):
-            for value in tf.compat.v1.Event.FromString(record).summary.value:
-                metadata = tf.compat.v1.RunMetadata.FromString(value.tensor.string_val[0])
-                for graphs in metadata.function_graphs:
-                    ops |= {node.op for graph in graphs.partition_graphs for node in graph.node}
-    return {op for op in ops if "MatMul" in op}
 
 
 @cpu_only
