@@ -20,10 +20,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     A drop-in for `keras.layers.BatchNormalization`, with the same arguments, weights and moving statistics. With the
     channels last, `epsilon` at least 1.001e-5, and no XLA, it is TensorFlow's fused kernel; with a mask or
-    `synchronized`, in training, and elsewhere, the same formula written out. The variance is always that of what is
-    left when the mean is subtracted. An empty batch, as the last one of an epoch can be on a replica, leaves the moving
-    statistics alone, and so does a batch whose statistics are not finite, as that of a step which the optimizer skips;
-    `renorm` is Keras's computation, without that care.
+    `synchronized`, in training, with channels that the kernel is slow at, and elsewhere, the same formula written out.
+    The variance is always that of what is left when the mean is subtracted. An empty batch, as the last one of an epoch
+    can be on a replica, leaves the moving statistics alone, and so does a batch whose statistics are not finite, as
+    that of a step which the optimizer skips; `renorm` is Keras's computation, without that care.
 
     Args:
         axis: int, the axis of the channels, which are not normalized over. Defaults to -1.
@@ -92,6 +92,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and x.dtype != tf.float64
             and mask is None
             and not (by_batch and self.synchronized)
+            and not (by_batch and _has_channels_left_over(x) and fusion.pays(x))
             # XLA fuses the written-out formula just as well, and expands the fused op into E[x^2] - E[x]^2, which for
             # a mean of 10000 and a variance of 1 gave a variance of 48.
             and not backend.in_xla_context()
@@ -113,7 +114,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             keras.ops.cast(self.beta, "float32") if self.center else tf.zeros([channels]),
         )
         moving = [] if by_batch else [keras.ops.cast(m, "float32") for m in (self.moving_mean, self.moving_variance)]
-        kernel = _kernel_in_float32 if _is_faster_in_float32(x) else _kernel
+        kernel = _kernel_in_float32 if _has_channels_left_over(x) else _kernel
         outputs, mean, variance, *_ = kernel(images, *weights, *moving, epsilon=self.epsilon)
         if len(x.shape) != 4:
             outputs = tf.ensure_shape(tf.reshape(outputs, tf.shape(x)), x.shape)
@@ -194,8 +195,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             moving.assign(tf.where(finite, new, old))
 
 
-def _is_faster_in_float32(x: tf.Tensor) -> bool:
-    """Whether the fused kernel is faster in float32, casts and all.
+def _has_channels_left_over(x: tf.Tensor) -> bool:
+    """Whether the fused kernel is faster in float32, casts and all, and what XLA makes of the formula faster than that.
 
     oneDNN's for bfloat16 takes sixteen channels at a time, and several times as long where some are left over.
     """

@@ -1,5 +1,6 @@
 """Normalization of each example by statistics of its own, in float32, from and to 16-bit tensors."""
 
+import math
 from typing import Any
 
 import keras
@@ -294,15 +295,25 @@ def _normalization_backward(
     n *= inverse
     g = tf.cast(upstream, dtype)
     h = g * given["gamma"] if "gamma" in given else g
-    to_x = h - n * _along(x, _mean(h * n, axes, groups), axes, groups)
-    if centred:
-        to_x -= _along(x, _mean(h, axes, groups), axes, groups)
     of_weight = {"gamma": g * n, "beta": g}
     along = (groups[0],) if groups else axes
     other_axes = tuple(axis for axis in range(len(x.shape)) if axis not in along)
+    totals: dict[str, Any] = {}
+    if groups and tuple(axes) == other_axes:
+        # A channel's own statistics: what goes to its weights is what its elements are to be rid of.
+        sizes = keras.ops.shape(x)
+        totals = {name: fusion.total(each, other_axes) for name, each in of_weight.items()}
+        share = given.get("gamma", 1.0) / tf.cast(math.prod(sizes[axis] for axis in axes), dtype)
+        to_x = h - n * (totals["gamma"] * share)
+        if centred:
+            to_x -= totals["beta"] * share
+    else:
+        to_x = h - n * _along(x, _mean(h * n, axes, groups), axes, groups)
+        if centred:
+            to_x -= _along(x, _mean(h, axes, groups), axes, groups)
     return [
         tf.cast(inverse * to_x, x.dtype),
-        *(fusion.total(of_weight[name], other_axes) for name in given),
+        *(totals[name] if name in totals else fusion.total(of_weight[name], other_axes) for name in given),
     ]
 
 
