@@ -4,10 +4,12 @@ Each keeps only its 16-bit input, or output, for the backward pass and is compil
 that pays.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend, fusion
@@ -283,16 +285,63 @@ def _wide(x: Any) -> Any:
     return tf.cast(x, tf.float32) if _is_16_bit(x) else x
 
 
-def _elementwise_forward(x: Any, *, function: str, **settings: Any) -> Any:
+# Those that take longer to compute than to look up: a 16-bit number has 65,536 values.
+_TABULATED = ("gelu", "silu", "mish")
+
+
+def _value(x: Any, function: str, settings: Mapping[str, Any]) -> Any:
     factor, _ = _FUNCTIONS[function](**settings)
-    wide = tf.maximum(_wide(x), -_FAR)
-    return fusion.rounded(wide * factor(wide), x.dtype)
+    x = tf.maximum(x, -_FAR)
+    return x * factor(x)
+
+
+def _slope(x: Any, function: str, settings: Mapping[str, Any]) -> Any:
+    _, slope = _FUNCTIONS[function](**settings)
+    return slope(tf.minimum(tf.maximum(x, -_FAR), _FAR))
+
+
+@functools.cache
+def _table(of: Callable[..., Any], function: str, settings: tuple[tuple[str, Any], ...], dtype: str) -> np.ndarray:
+    """`_value` or `_slope` at each number of a 16-bit dtype, computed in float64, in the order of their bits."""
+    with tf.init_scope(), tf.device("CPU"):
+        numbers = tf.bitcast(tf.constant(np.arange(1 << 16, dtype=np.uint16)), dtype)
+        return np.asarray(of(tf.cast(numbers, tf.float64), function, dict(settings)))
+
+
+def _looked_up(x: Any, of: Callable[..., Any], function: str, settings: Mapping[str, Any], dtype: Any) -> Any:
+    """The same for 16-bit numbers out of the table, in a dtype, with the derivative that the formula has."""
+
+    @tf.custom_gradient
+    def at(x: Any) -> Any:
+        table = tf.constant(_table(of, function, tuple(sorted(settings.items())), x.dtype.name), dtype)
+
+        def gradient(upstream: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                computed = of(_wide(x), function, settings)
+            return tape.gradient(computed, x, tf.cast(upstream, tf.float32))
+
+        return tf.gather(table, tf.cast(tf.bitcast(x, tf.uint16), tf.int32)), gradient
+
+    return at(x)
+
+
+def _is_looked_up(x: Any, function: str) -> bool:
+    return function in _TABULATED and _is_16_bit(x) and fusion.compiles_for_cpu()
+
+
+def _elementwise_forward(x: Any, *, function: str, **settings: Any) -> Any:
+    if _is_looked_up(x, function):
+        return _looked_up(x, _value, function, settings, x.dtype)
+    return fusion.rounded(_value(_wide(x), function, settings), x.dtype)
 
 
 def _elementwise_backward(x: Any, upstream: Any, *, function: str, **settings: Any) -> Any:
-    _, slope = _FUNCTIONS[function](**settings)
-    wide = tf.minimum(tf.maximum(_wide(x), -_FAR), _FAR)
-    return fusion.rounded(slope(wide) * _wide(upstream), x.dtype)
+    if _is_looked_up(x, function):
+        slopes = _looked_up(x, _slope, function, settings, tf.float32)
+    else:
+        slopes = _slope(_wide(x), function, settings)
+    return fusion.rounded(slopes * _wide(upstream), x.dtype)
 
 
 _elementwise_operation = fusion.operation(_elementwise_forward, _elementwise_backward)

@@ -17,7 +17,18 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["fusible", "held", "largest", "mean", "not_before", "operation", "pays", "rounded", "total"]
+__all__ = [
+    "compiles_for_cpu",
+    "fusible",
+    "held",
+    "largest",
+    "mean",
+    "not_before",
+    "operation",
+    "pays",
+    "rounded",
+    "total",
+]
 
 # Whether what is traced now is being compiled on its own, for a CPU.
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
@@ -82,6 +93,11 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
         return compiled(*tensors, **numbers)
 
     return lambda fused: called if fused else function
+
+
+def compiles_for_cpu() -> bool:
+    """Whether what is traced now is a function that XLA compiles on its own, for a CPU."""
+    return _on_cpu.get()
 
 
 def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:

@@ -74,6 +74,20 @@ def test_value_and_gradient_are_those_of_float64_rounded_once(name, dtype, jit_c
     assert (error <= steps * ROUNDING[dtype] * np.abs(expected[1]) + max(SMALLEST[dtype], 2e-7)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "hard" not in name])
+def test_in_a_training_step_on_a_cpu_values_are_looked_up(name, dtype):
+    """Each is the float64 value rounded to the nearest, as no computation in float32 is."""
+    bits = np.arange(0, 1 << 16, 7, np.uint16)
+    numbers = tf.bitcast(tf.constant(bits), dtype)
+    numbers = tf.boolean_mask(numbers, tf.math.is_finite(numbers))
+    wide = np.asarray(tf.cast(numbers, "float64"))
+    expected = np.array([in_float64(name, float(value))[0] for value in wide])
+    run = function(name)
+    y, _ = tf.function(lambda x: value_and_gradient(run, x))(numbers)
+    np.testing.assert_array_equal(y.numpy(), expected.astype(numbers.dtype.as_numpy_dtype))
+
+
 @pytest.mark.stock_defect
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_value_in_bfloat16_is_that_of_float64_rounded_once(name):
@@ -82,10 +96,12 @@ def test_stock_value_in_bfloat16_is_that_of_float64_rounded_once(name):
     assert_rounded(function(name, keras.activations)(x), expected, "bfloat16", 1.01)
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_infinities_have_their_limits_and_nan_stays(name, dtype):
-    y, slope = value_and_gradient(function(name), tf.constant([-np.inf, np.inf, np.nan], dtype))
+def test_infinities_have_their_limits_and_nan_stays(name, dtype, in_graph):
+    step = lambda x: value_and_gradient(function(name), x)  # noqa: E731
+    y, slope = (tf.function(step) if in_graph else step)(tf.constant([-np.inf, np.inf, np.nan], dtype))
     np.testing.assert_array_equal(tf.cast(y, "float32"), [0, np.inf, np.nan])
     np.testing.assert_array_equal(tf.cast(slope, "float32"), [0, 1, np.nan])
 
