@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import aot, attention, distribution, harness, layers, optimizer, summary, training, workloads
+from benchmarks import aot, attention, ceiling, distribution, harness, layers, optimizer, summary, training, workloads
 from benchmarks.harness import Case, Comparison, Group
 
 MACHINE = {
@@ -441,6 +441,17 @@ def test_training_is_timed_without_its_memory(tmp_path, monkeypatch):
     assert [group["name"] for group in found["groups"]] == ["MLP, batch 8"]
     assert set(found["groups"][0]["times_ms"]) == set(training.CASES)
     assert [grid["rows"] for grid in found["grids"]] == [{}, {}]
+
+
+def test_the_products_of_a_step_and_its_update_are_told_apart():
+    case = training.make_case(workloads.WORKLOADS[0].smaller(), training.OURS_FLOAT32)
+    case.run()
+    kinds = ceiling.time_ops(case.run, steps=2)
+    assert any("MatMul" in kind for kind in kinds)
+    assert "ResourceApplyAdam" in kinds
+    found = ceiling.parts(case.run, steps=2)
+    assert 0 < found.products < found.step
+    assert 0 < found.updates < found.step
 
 
 @pytest.mark.parametrize("command", [[], ["curves"]])

@@ -1,0 +1,146 @@
+"""How much faster a training step could be if all but its products took no time: `python -m benchmarks.ceiling`.
+
+TensorFlow hands out one op after the other here, to all cores, and its profiler tells how long each took. Products and
+convolutions take the time that the hardware's kernels take, whoever calls them; the update of the weights takes that of
+reading and writing them. What is left is what this package can work on.
+"""
+
+import collections
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from benchmarks import harness, training, workloads  # isort: skip  (first, so that TensorFlow's banner stays out)
+
+import tensorflow as tf
+import typer
+
+# TensorFlow has no public name for the format that its profiler writes.
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+from benchmarks.harness import Grid
+
+__all__ = ["Parts", "parts", "time_ops"]
+
+CASES = (training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_MIXED)
+ROUNDS, STEPS = 7, 3
+_PRODUCTS = re.compile("MatMul|Conv[123]D|DepthwiseConv|Einsum")
+# Op by op, an update is not told from other arithmetic: stock Keras's counts as the rest.
+_UPDATES = re.compile("ResourceApply|ResourceSparseApply|ResourceScatter")
+
+
+class Parts(NamedTuple):
+    """Milliseconds of a whole step, of its products, and of its updates by kernels."""
+
+    step: float
+    products: float
+    updates: float
+
+
+def time_ops(run: Callable[[], object], steps: int = STEPS) -> dict[str, float]:
+    """How long the ops of a step take.
+
+    Args:
+        run: takes one step, and waits for it.
+        steps: how many to take.
+
+    Returns:
+        Milliseconds of a step by the type of the op, all of that type together.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tf.profiler.experimental.start(folder)
+        for _ in range(steps):
+            run()
+        tf.profiler.experimental.stop()
+        space = xplane_pb2.XSpace()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        space.ParseFromString(path.read_bytes())
+    found: dict[str, float] = collections.defaultdict(float)
+    for plane in space.planes:
+        for line in plane.lines:
+            for event in line.events:
+                # "name:type" is an op that TensorFlow ran; others are calls of Python and what a program of XLA's does.
+                name, _, kind = plane.event_metadata[event.metadata_id].name.partition(":")
+                if kind.isidentifier() and not name.startswith("$"):
+                    found[kind] += event.duration_ps / 1e9 / steps
+    return dict(found)
+
+
+def parts(run: Callable[[], object], steps: int = STEPS) -> Parts:
+    """What a step takes, and of it the products and the updates.
+
+    Args:
+        run: takes one step, and waits for it.
+        steps: how many to take.
+    """
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    step = (time.perf_counter() - start) / steps * 1000
+    ops = time_ops(run, steps)
+    products, updates = (
+        sum(took for kind, took in ops.items() if pattern.search(kind)) for pattern in (_PRODUCTS, _UPDATES)
+    )
+    return Parts(step, products, updates)
+
+
+def _speedups(rounds: Mapping[str, Sequence[Parts]]) -> list[float]:
+    """How many times as fast as stock Keras's step in float32 ours is, its products with the update, and they alone."""
+    stock = [of.step for of in rounds[training.STOCK_FLOAT32]]
+    ours = rounds[training.OURS_MIXED]
+    times = ([of.step for of in ours], [of.products + of.updates for of in ours], [of.products for of in ours])
+    return [statistics.median(harness.paired_ratios(stock, each)) for each in times]
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = harness.RESULTS,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Run on a busy machine; the results say so.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each workload.")] = ROUNDS,
+    only: Annotated[str, typer.Option(help="Run only workloads with this in their name.")] = "",
+) -> None:
+    """Time the ops of the training steps; write JSON and a table."""
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    results: dict[str, Any] = harness.begin("ceiling", loaded)
+    took: dict[str, list[float]] = {}
+    speedups: dict[str, list[float]] = {}
+    for workload in [*workloads.WORKLOADS, *workloads.APPLICATIONS]:
+        if only not in workload.name:
+            continue
+        print(f"{workload.name} ...", file=sys.stderr, flush=True)
+        cases = {name: training.make_case(workload, name) for name in CASES}
+        for case in cases.values():
+            case.run()
+        found: dict[str, list[Parts]] = {name: [] for name in CASES}
+        for _ in range(rounds):
+            for name, case in cases.items():
+                found[name].append(parts(case.run))
+        took[workload.name] = [
+            round(statistics.median(of), 1) for name in CASES for of in zip(*found[name], strict=True)
+        ]
+        speedups[workload.name] = _speedups(found)
+        columns = [f"{name}{of}" for name in CASES for of in (": step", ": products", ": update by kernels")]
+        results["grids"] = [
+            Grid("A training step, one op after the other", "ms", "workload", columns, took).as_json(),
+            Grid(
+                "Times as fast as the step of stock Keras in float32",
+                "ours in mixed_bfloat16",
+                "workload",
+                ["step", "its products and update alone", "its products alone"],
+                speedups,
+            ).as_json(),
+        ]
+        harness.write(results, output)
+    print(harness.table(results))
+
+
+if __name__ == "__main__":
+    app()
