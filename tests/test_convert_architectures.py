@@ -24,7 +24,7 @@ TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 8e-3}
 
 APPLICATIONS = sorted(name for name, make in vars(keras.applications).items() if callable(make) and name[0].isupper())
 # One of each kind of layer, in half a minute each; `make test-all` converts all of them.
-SMALL = {"ConvNeXtTiny", "MobileNet", "MobileNetV3Small", "ResNet50V2", "VGG16", "Xception"}
+SMALL = {"ConvNeXtTiny", "MobileNetV3Small", "ResNet50V2", "VGG16"}
 
 
 def application(name):
@@ -172,10 +172,9 @@ def test_an_application_converts_trains_and_returns(name):
     check(awake(model, x), x, [False], lambda: application(name)[0])
 
 
-# XLA takes a minute or more to compile the training step of one of the larger on a CPU.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "MobileNet" else pytest.mark.slow) for name in APPLICATIONS]
-)
+# XLA takes a minute or more to compile the training step of one on a CPU; tests/test_convert.py has smaller models.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", APPLICATIONS)
 def test_an_application_trains_compiled_by_xla(name):
     model, x = application(name)
     check(awake(model, x), x, [True], lambda: application(name)[0])

@@ -309,11 +309,11 @@ def model(loss):
 @pytest.mark.parametrize(
     ("policy", "jit_compile"),
     [
-        ("float32", False),
         ("mixed_float16", True),
         ("mixed_bfloat16", False),
-        ("mixed_bfloat16", True),
-        ("float64", False),
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", True, marks=pytest.mark.slow),
+        pytest.param("float64", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("cls", losses.__all__)

@@ -68,7 +68,7 @@ def test_a_story_of_finite_and_bad_steps(how):
         assert int(optimizer.iterations) == iterations
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", ["graph", "xla", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "inner",
     [
@@ -215,8 +215,11 @@ def with_scale_of_one(optimizer, jit_compile):
 @pytest.mark.parametrize(
     ("how", "jit_compile"),
     [
-        *(("eager", False), ("eager", True), ("eager", "auto")),
-        *(("graph", False), ("graph", True), ("graph", "auto"), ("xla", False)),
+        *(("eager", False), ("graph", True), ("graph", "auto"), ("xla", False)),
+        *(
+            pytest.param(*ways, marks=pytest.mark.slow)
+            for ways in (("eager", True), ("eager", "auto"), ("graph", False))
+        ),
     ],
 )
 @pytest.mark.parametrize("make", ROW_OPTIMIZERS.values(), ids=ROW_OPTIMIZERS)

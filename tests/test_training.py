@@ -159,10 +159,10 @@ def test_two_replicas_under_xla_train_as_stock_keras_does_on_one_device(case, mi
         ("several outputs, dictionaries, loss weights", 1, True),
         ("add_loss, activity regularizer", 1, False),
         ("synchronized batch statistics", 1, True),
-        ("synchronized batch statistics", 2, False),
+        pytest.param("synchronized batch statistics", 2, False, marks=pytest.mark.slow),
         ("synchronized batch statistics", 4, True),
         ("several outputs, dictionaries, loss weights", 4, False),
-        ("masks", 4, False),
+        pytest.param("masks", 4, False, marks=pytest.mark.slow),
         pytest.param("regularizer, accuracy", 4, True, marks=pytest.mark.slow),
     ],
 )

@@ -255,7 +255,7 @@ def test_made_up_rows_that_a_model_does_not_take(tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("package", [keras, keras_mp], ids=["keras", "keras_mp"])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_a_convolution_with_a_group_a_channel_is_served(package, rank, policy, tmp_path):
     """Keras has XLA compile it, which TensorFlow Serving refuses."""
     keras.config.set_dtype_policy(policy)

@@ -72,19 +72,22 @@ class Case:
         return self.tolerance.get(dtype, TOLERANCE[dtype])
 
 
-def checked(cases: dict[str, Case]) -> list[Any]:
-    """Parameters of `name` and `policy`: all policies of the first case of each class, and bfloat16 of the others.
+def checked(cases: dict[str, Case], stock_can: Callable[[str, str], bool] = lambda name, policy: True) -> list[Any]:
+    """Parameters of `name` and `policy`: a first case of each class in 16 bits and float64, the others in bfloat16.
 
     The rest, which takes minutes and shows little more, is of the slow tests.
 
     Args:
         cases: by name.
+        stock_can: whether the stock layer of a case has kernels for a policy.
     """
     firsts = {type(case.ours()): name for name, case in reversed(cases.items())}.values()
     return [
-        pytest.param(name, policy, marks=() if name in firsts or policy == "mixed_bfloat16" else pytest.mark.slow)
+        pytest.param(name, policy, marks=() if policy in quick else pytest.mark.slow)
         for name in cases
+        for quick in [POLICIES[1:] if name in firsts else ["mixed_bfloat16"]]
         for policy in POLICIES
+        if stock_can(name, policy)
     ]
 
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from tests.derivatives import executed_products
-from tests.layers.contract import POLICIES, Case, check_contract
+from tests.layers.contract import Case, check_contract, checked
 
 
 def case(name, shape, *arguments, **settings):
@@ -29,8 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 

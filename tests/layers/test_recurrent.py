@@ -72,8 +72,9 @@ CASES = {
     ("name", "policy"),
     [
         # Together they take five minutes: the rarer ways under one policy, unless slow tests are asked for.
-        pytest.param(name, policy, marks=() if name.endswith(QUICK) or policy == "mixed_bfloat16" else pytest.mark.slow)
+        pytest.param(name, policy, marks=() if policy in quick else pytest.mark.slow)
         for name in CASES
+        for quick in [POLICIES[1:] if name.endswith(QUICK) else ["mixed_bfloat16"]]
         for policy in POLICIES
     ],
 )
