@@ -56,6 +56,7 @@ bench: $(INSTALLED) ## time everything in benchmarks/ against stock Keras; wants
 	@$(BIN)/python -m benchmarks.attention
 	@$(BIN)/python -m benchmarks.distribution
 	@$(BIN)/python -m benchmarks.training
+	@$(BIN)/python -m benchmarks.ceiling
 
 bench-aot: ## memory of layers and steps on TPU v5e and H100, by their compilers; needs neither, and may share the machine
 	@$(MAKE) --no-print-directory VENV=.venv-aot EXTRA=cpu,aot install

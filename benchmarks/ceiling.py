@@ -28,7 +28,7 @@ from benchmarks.harness import Grid
 __all__ = ["Parts", "parts", "time_ops"]
 
 CASES = (training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_MIXED)
-ROUNDS, STEPS = 7, 3
+ROUNDS, STEPS = 3, 3
 _PRODUCTS = re.compile("MatMul|Conv[123]D|DepthwiseConv|Einsum")
 # Op by op, an update is not told from other arithmetic: stock Keras's counts as the rest.
 _UPDATES = re.compile("ResourceApply|ResourceSparseApply|ResourceScatter")
