@@ -108,11 +108,13 @@ def main(
     only: Annotated[str, typer.Option(help="Run only workloads with this in their name.")] = "",
 ) -> None:
     """Time the ops of the training steps; write JSON and a table."""
+    every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
+    training.require_match(only, every)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     results: dict[str, Any] = harness.begin("ceiling", loaded)
     took: dict[str, list[float]] = {}
     speedups: dict[str, list[float]] = {}
-    for workload in [*workloads.WORKLOADS, *workloads.APPLICATIONS]:
+    for workload in every:
         if only not in workload.name:
             continue
         print(f"{workload.name} ...", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ import typer
 from benchmarks.harness import Case, Comparison, Grid
 from benchmarks.workloads import OURS, STOCK, Kit, Workload
 
-__all__ = ["CASES", "compare_curves", "find", "loss_curve", "make_case", "plot", "speedup", "summary"]
+__all__ = ["CASES", "compare_curves", "find", "loss_curve", "make_case", "plot", "require_match", "speedup", "summary"]
 
 POLICIES = ("float32", "mixed_bfloat16")
 # By its name: of which kit, under which policy, with XLA or without.
@@ -129,6 +129,21 @@ def compare_curves(curves: dict[str, Sequence[float]]) -> dict[str, float]:
             last = seeds[:, -5:].mean(1)
             found[f"{name} at the end"] = float(differences[-5:].mean() / (last.max() - last.min()))
     return found
+
+
+def require_match(only: str, every: Sequence[Workload]) -> None:
+    """Refuses a name that no workload has in its own.
+
+    Args:
+        only: the name.
+        every: the workloads.
+
+    Raises:
+        typer.BadParameter: with those that there are.
+    """
+    if not any(only in workload.name for workload in every):
+        names = ", ".join(workload.name for workload in every)
+        raise typer.BadParameter(f"No workload has {only!r} in its name. There are: {names}.")
 
 
 def speedup(group: Mapping[str, Any], case: str, against: str) -> float | None:
@@ -260,7 +275,7 @@ def main(
     if context.invoked_subcommand:
         return
     every = [*workloads.WORKLOADS, *workloads.APPLICATIONS]
-    _require_match(only, every)
+    require_match(only, every)
     results = harness.begin("training", loaded)
     earlier = _earlier(output / "training.json") if only else {}
     groups = {group["name"]: group for group in earlier.get("groups", [])}
@@ -299,7 +314,7 @@ def main(
 @app.command("curves")
 def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
     """Train each workload for 300 steps in ours, and with five seeds in stock float32; write JSON and a table."""
-    _require_match(only, workloads.WORKLOADS)
+    require_match(only, workloads.WORKLOADS)
     path = output / "training_curves.json"
     earlier = _earlier(path) if only else {}
     found = dict(earlier.get("curves", {}))
@@ -335,12 +350,6 @@ def peak(workload: str, name: str, batches: int) -> None:
     """Print what `_peak` finds for batches of so many times the rows."""
     found = find(workload)
     print(_peak(dataclasses.replace(found, batch=batches * found.batch), name))
-
-
-def _require_match(only: str, every: Sequence[Workload]) -> None:
-    if not any(only in workload.name for workload in every):
-        names = ", ".join(workload.name for workload in every)
-        raise typer.BadParameter(f"No workload has {only!r} in its name. There are: {names}.")
 
 
 def _peak_in_child(workload: Workload, name: str, batches: int = 1) -> float:

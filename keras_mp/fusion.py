@@ -111,7 +111,7 @@ def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         x: float32 or float64, of any shape.
         axes: counted from the front, in order.
     """
-    if not _on_cpu.get() or not axes or tuple(axes) != tuple(range(axes[0], axes[-1] + 1)):
+    if not compiles_for_cpu() or not axes or tuple(axes) != tuple(range(axes[0], axes[-1] + 1)):
         return tf.reduce_sum(x, axes, keepdims=True)
     sizes = keras.ops.shape(x)
     if axes[0] == 0 and len(axes) > 1:
@@ -145,7 +145,7 @@ def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         x: float32 or float64, of any shape.
         axes: counted from the front, in order.
     """
-    if not _on_cpu.get():
+    if not compiles_for_cpu():
         return tf.reduce_mean(x, axes, keepdims=True)
     sizes = keras.ops.shape(x)
     return total(x, axes) / tf.cast(math.prod(sizes[axis] for axis in axes), x.dtype)
@@ -163,7 +163,7 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """
     last = x.shape.rank - 1
     size = x.shape[-1] or 0
-    if _on_cpu.get() and axes == (last,) and size >= 128 and size % 8 == 0:
+    if compiles_for_cpu() and axes == (last,) and size >= 128 and size % 8 == 0:
         x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
     return tf.reduce_max(x, axes, keepdims=True)
 
@@ -186,7 +186,7 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
         >>> rounded(tf.constant([1.00390625, 1.01171875]), "bfloat16").numpy().tolist()
         [1.0, 1.015625]
     """
-    if not _on_cpu.get() or x.dtype != tf.float32 or tf.as_dtype(dtype) != tf.bfloat16:
+    if not compiles_for_cpu() or x.dtype != tf.float32 or tf.as_dtype(dtype) != tf.bfloat16:
         return tf.cast(x, dtype)
     return _rounded_to_bfloat16(x)
 

@@ -454,9 +454,9 @@ def test_the_products_of_a_step_and_its_update_are_told_apart():
     assert 0 < found.updates < found.step
 
 
-@pytest.mark.parametrize("command", [[], ["curves"]])
-def test_training_of_no_workload_is_refused(command, tmp_path):
-    result = CliRunner().invoke(training.app, [*command, "--only", "Nope", "--output", str(tmp_path)])
+@pytest.mark.parametrize(("app", "command"), [(training.app, []), (training.app, ["curves"]), (ceiling.app, [])])
+def test_training_of_no_workload_is_refused(app, command, tmp_path):
+    result = CliRunner().invoke(app, [*command, "--only", "Nope", "--output", str(tmp_path)])
     assert result.exit_code == 2
     assert "No workload has 'Nope' in its name" in " ".join(result.output.replace("│", "").split())
 

@@ -178,9 +178,8 @@ def _affine_of(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None = None
 def _apart(x: tf.Tensor) -> Any:
     """The same tensor, which grappler does not compute in one kernel with what is made of it next.
 
-    oneDNN's product with a bias and an activation reorders the kernel first, and in bfloat16 on a CPU with AMX takes
-    1.5 to 1.9 times as long as the product and the bias in turns. In float32 the fused one is faster, and so are fused
-    convolutions in both.
+    oneDNN's product with a bias takes, in bfloat16 on a CPU with AMX, 1.1 to 1.9 times as long as the product and the
+    bias in turns, the more the larger the kernel. In float32 it takes no longer, and nor does a fused convolution.
     """
     return tf.raw_ops.Snapshot(input=x), lambda upstream: upstream  # takes the buffer of `x` over, without a copy
 
