@@ -47,9 +47,8 @@ def early_operations(layer, shape, dtype, known=True, **call):
         before = set(graph.get_operations())
         gradients = tape.gradient(y, [x, *layer.trainable_variables], upstream)
         for operation in graph.get_operations():
-            # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them. An
-            # identity makes no tensor.
-            computes = operation not in before and operation.type not in ("Const", "ZerosLike", "Identity")
+            # Zeros are there for outputs that have no gradient, and are not computed where nobody takes them.
+            computes = operation not in before and operation.type not in ("Const", "ZerosLike")
             makes_images = any(len(t.shape or []) == 4 and t.shape[0] == shape[0] for t in operation.outputs)
             if computes and makes_images and not _depends_on(operation, upstream.op):
                 found.append(operation.type)

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,11 @@ class Case:
         return self.tolerance.get(dtype, TOLERANCE[dtype])
 
 
-def checked(cases: dict[str, Case], stock_can: Callable[[str, str], bool] = lambda name, policy: True) -> list[Any]:
+def checked(
+    cases: dict[str, Case],
+    stock_can: Callable[[str, str], bool] = lambda name, policy: True,
+    firsts: Collection[str] = (),
+) -> list[Any]:
     """Parameters of `name` and `policy`: a first case of each class in 16 bits and float64, the others in bfloat16.
 
     The rest, which takes minutes and shows little more, is of the slow tests.
@@ -80,8 +84,9 @@ def checked(cases: dict[str, Case], stock_can: Callable[[str, str], bool] = lamb
     Args:
         cases: by name.
         stock_can: whether the stock layer of a case has kernels for a policy.
+        firsts: names of cases to take instead of the first of each class.
     """
-    firsts = {type(case.ours()): name for name, case in reversed(cases.items())}.values()
+    firsts = firsts or {type(case.ours()): name for name, case in reversed(cases.items())}.values()
     return [
         pytest.param(name, policy, marks=() if policy in quick else pytest.mark.slow)
         for name in cases

@@ -112,7 +112,9 @@ def test_batch_normalization_is_one_fused_op_for_every_rank(shape, training, pol
         (24, True, []),  # XLA compiles the formula
         (24, False, ["float32"] * 2),
         (8, True, []),
+        (8, False, ["float32"] * 2),
         (32, True, ["bfloat16"] * 2),
+        (32, False, ["bfloat16"] * 2),
     ],
 )
 def test_the_fused_op_computes_in_the_dtype_that_is_fast_and_keeps_16_bits(channels, training, inside):
@@ -143,7 +145,9 @@ def test_the_fused_op_computes_in_the_dtype_that_is_fast_and_keeps_16_bits(chann
 def test_no_image_is_cast_before_the_gradient_comes(channels, training):
     layer = layers.BatchNormalization(dtype="mixed_bfloat16")
     layer.build((4, 3, 2, channels))
-    assert early_operations(layer, (4, 3, 2, channels), "bfloat16", training=training) == []
+    # What XLA compiles is handed the image itself.
+    handed = ["Identity"] if training and channels == 24 else []
+    assert early_operations(layer, (4, 3, 2, channels), "bfloat16", training=training) == handed
 
 
 @pytest.mark.parametrize(

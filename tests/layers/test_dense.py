@@ -121,7 +121,7 @@ def test_the_projections_of_attention_are_matrices():
 @pytest.mark.parametrize("name", ["Dense", "EinsumDense"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_product_in_16_bits_is_not_fused_with_its_bias(name, dtype, tmp_path, gains_from_16_bits):
-    """oneDNN's fused kernel takes nearly twice as long in bfloat16 on a CPU with AMX; in float32 it is the faster."""
+    """oneDNN's fused kernel takes nearly twice as long in bfloat16 on a CPU with AMX; in float32 it does not."""
     make, shape = BIASED[name]
     keras.config.set_dtype_policy(dtype)
     layer = make(layers)

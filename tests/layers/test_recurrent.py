@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.layers.contract import Case, assert_close, check_contract, checked, gradients
 
 QUICK = ("last", "sequences")
 NAMES = ("LSTM", "GRU", "SimpleRNN")
@@ -68,16 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "policy"),
-    [
-        # Together they take five minutes: the rarer ways under one policy, unless slow tests are asked for.
-        pytest.param(name, policy, marks=() if policy in quick else pytest.mark.slow)
-        for name in CASES
-        for quick in [POLICIES[1:] if name.endswith(QUICK) else ["mixed_bfloat16"]]
-        for policy in POLICIES
-    ],
-)
+@pytest.mark.parametrize(("name", "policy"), checked(CASES, firsts=[name for name in CASES if name.endswith(QUICK)]))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 
