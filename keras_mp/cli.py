@@ -36,6 +36,7 @@ from keras_mp.export.record import read_record
 from keras_mp.launch import launch as launch_workers
 from keras_mp.loading import load_model
 from keras_mp.policy_map import PolicyMap
+from keras_mp.product_times import ProductTimes
 from keras_mp.tune import tune as tune_model
 
 __all__ = ["app"]
@@ -388,7 +389,7 @@ def _shape(shape: Sequence[int | None]) -> str:
     return " x ".join("any" if size is None else str(size) for size in shape) or "scalar"
 
 
-def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> dict[str, Any]:
+def _as_json(found: hardware.Hardware, times: list[ProductTimes]) -> dict[str, Any]:
     return {
         "versions": _versions(),
         "devices": [dataclasses.asdict(device) for device in found.devices],
@@ -399,7 +400,7 @@ def _as_json(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> di
     }
 
 
-def _print_tables(found: hardware.Hardware, times: list[hardware.ProductTimes]) -> None:
+def _print_tables(found: hardware.Hardware, times: list[ProductTimes]) -> None:
     # Sentences are left to the terminal to wrap, so that a file or a pager gets them whole.
     console = Console(highlight=False, soft_wrap=True)
     console.print("Versions: " + ", ".join(f"{name} {version}" for name, version in _versions().items()))

@@ -8,23 +8,20 @@ import functools
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
-import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.errors import ArgumentError
+from keras_mp.product_times import ProductTimes, time_products
 
 __all__ = [
     "Device",
     "Hardware",
-    "ProductTimes",
     "cpu_gains",
     "detect",
     "detect_for",
@@ -46,19 +43,8 @@ _FLOAT16_FEATURES = ("amx_fp16", "avx512_fp16", "asimdhp")
 # measured, a product is 1.9 times as fast as in float32 on an AMD EPYC, and 0.6 times on an Intel Xeon without AMX.
 _CERTAINLY_FAST = frozenset({"amx_bf16"})
 
-# The gain in a bare product below which the casts of a training step leave nothing of it.
-_WORTHWHILE = 1.2
-
 _SIXTEEN_BIT_TENSOR_CORES = (7, 0)
 _BFLOAT16_TENSOR_CORES = (8, 0)
-
-_SIZE = 768
-_CHAIN = 2
-_ROUNDS = 7
-_BUDGET_SECONDS = 0.3
-
-# What TensorFlow logs when a session is made, and once for float16 on a CPU without instructions for it.
-_LOG_LINES = ("absl::InitializeLog()", "mlir_graph_optimization_pass.cc:", "oneDNN supports DT_HALF only")
 
 
 _remembered: "Callable[[], tf.distribute.Strategy | None]" = lambda: None  # noqa: E731
@@ -108,42 +94,6 @@ class Hardware:
     def accelerators(self) -> tuple[Device, ...]:
         """The GPUs and TPUs."""
         return tuple(device for device in self.devices if device.kind != "cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductTimes:
-    """How long one matrix product takes in float32 and in a 16-bit dtype.
-
-    Args:
-        device: `"CPU"`, `"GPU"` or `"TPU"`.
-        size: rows and columns of both factors.
-        dtype: the 16-bit dtype.
-        float32_ms: median time of the product in float32, in milliseconds.
-        dtype_ms: median time of the product in `dtype`, in milliseconds.
-    """
-
-    device: str
-    size: int
-    dtype: str
-    float32_ms: float
-    dtype_ms: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster the 16-bit product is than the float32 one."""
-        return self.float32_ms / self.dtype_ms
-
-    @property
-    def gains(self) -> bool:
-        """Whether the 16-bit product is so much faster that a training step gains from it."""
-        return self.ratio >= _WORTHWHILE
-
-    def __str__(self) -> str:
-        """Both times in words, as the second half of a sentence."""
-        return (
-            f"a product of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
-            f"{self.dtype_ms:.2f} ms in {self.dtype} ({self.ratio:.1f}x)"
-        )
 
 
 def parse_cpuinfo(text: str) -> Device:
@@ -240,7 +190,7 @@ def recommend(
     elif gpus:
         reason = _gpu_reason(gpus)
     else:
-        reason = _cpu_reason(devices, onednn, product)
+        reason = _cpu_reason(devices, onednn, product if not fast else None)
     return Hardware(tuple(devices), policy, bool(tpus or gpus), reason, fast)
 
 
@@ -363,7 +313,10 @@ def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
             f"measure(device={device!r}): expected a kind of device that is here: "
             f"{', '.join(repr(kind) for kind in sorted(here))}."
         )
-    return _measure(dtype, device)
+    return _time_once(dtype, device)
+
+
+_time_once = functools.cache(time_products)
 
 
 def _devices() -> list[Device]:
@@ -412,7 +365,8 @@ def _gpu_reason(gpus: list[Device]) -> str:
     return f"{which[0].upper()}{which[1:]}, {gain}. {compiled}"
 
 
-def _cpu_reason(devices: Sequence[Device], onednn: bool, product: Callable[[str], ProductTimes] | None) -> str:
+def _cpu_reason(devices: Sequence[Device], onednn: bool, slow: Callable[[str], ProductTimes] | None) -> str:
+    """What speaks for a CPU's dtype; `slow` times the product that is no faster in bfloat16, if it is not."""
     names = _names(devices) if devices else "this CPU"
     words = [word for feature, word in _BFLOAT16_FEATURES.items() if any(feature in each.features for each in devices)]
     if not words:
@@ -422,9 +376,9 @@ def _cpu_reason(devices: Sequence[Device], onednn: bool, product: Callable[[str]
             f"{names} has {' and '.join(words)}, but oneDNN, whose kernels use it, is switched off "
             "(TF_ENABLE_ONEDNN_OPTS=0)."
         )
-    if product is not None and not fast_dtypes(devices, product=product):
+    if slow is not None:
         return (
-            f"{names} has {' and '.join(words)}, but is no faster for it: {product('bfloat16')}. On such a CPU 16 bits "
+            f"{names} has {' and '.join(words)}, but is no faster for it: {slow('bfloat16')}. On such a CPU 16 bits "
             "save memory, not time."
         )
     return (
@@ -477,73 +431,3 @@ def _tpus() -> list[Device]:
     if not tpus and backend.runtime_started():
         tpus = tf.config.list_logical_devices("TPU")
     return [Device("tpu", ":".join(tpu.name.split(":")[-2:])) for tpu in tpus]
-
-
-@functools.cache
-def _measure(dtype: str, device: str) -> ProductTimes:
-    factors = _factors(dtype)
-    times = _interleaved(factors) if device == "CPU" else _interleaved_eager(factors, device)
-    return ProductTimes(device, _SIZE, dtype, times["float32"], times[dtype])
-
-
-def _factors(dtype: str) -> dict[str, np.ndarray]:
-    # Scaled so that a chain of products keeps its magnitude: neither overflow nor subnormal numbers are timed.
-    factor = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)) / _SIZE**0.5
-    return {each: factor.astype(tf.as_dtype(each).as_numpy_dtype) for each in ("float32", dtype)}
-
-
-def _interleaved(factors: dict[str, np.ndarray]) -> dict[str, float]:
-    # A session of its own, because the first eager op would start the runtime and so forbid to configure it later.
-    graph = tf.Graph()
-    with graph.as_default():
-        products = {}
-        for dtype in factors:
-            factor = tf.compat.v1.placeholder(dtype, (_SIZE, _SIZE))
-            products[dtype] = factor, _chain(factor).op
-    config = tf.compat.v1.ConfigProto(
-        device_count={"GPU": 0},
-        intra_op_parallelism_threads=tf.config.threading.get_intra_op_parallelism_threads(),
-        inter_op_parallelism_threads=tf.config.threading.get_inter_op_parallelism_threads(),
-    )
-    with tf.compat.v1.Session(graph=graph, config=config) as session:
-        runs = {
-            dtype: functools.partial(session.make_callable(product, [factor]), factors[dtype])
-            for dtype, (factor, product) in products.items()
-        }
-        with backend.without_log_lines(*_LOG_LINES):
-            return _medians(runs)
-
-
-def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> dict[str, float]:
-    with tf.device(f"/device:{device}:0"):
-        tensors = {dtype: tf.constant(factor) for dtype, factor in factors.items()}
-        # One number is fetched, which waits for the product and copies next to nothing.
-        return _medians(
-            {
-                dtype: functools.partial(lambda tensor: tf.reduce_sum(_chain(tensor)[:1]).numpy(), tensor)
-                for dtype, tensor in tensors.items()
-            }
-        )
-
-
-def _chain(factor: tf.Tensor) -> tf.Tensor:
-    product = factor
-    for _ in range(_CHAIN):
-        product = tf.matmul(product, factor)
-    return product
-
-
-def _medians(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of one product of each dtype, taken in turns after a warm-up."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {dtype: [] for dtype in runs}
-    end = time.perf_counter() + _BUDGET_SECONDS
-    for done in range(_ROUNDS):
-        if done and time.perf_counter() > end:
-            break
-        for dtype, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[dtype].append((time.perf_counter() - start) * 1000 / _CHAIN)
-    return {dtype: statistics.median(each) for dtype, each in times.items()}

@@ -15,6 +15,7 @@ import keras
 
 from keras_mp import backend, hardware
 from keras_mp.errors import KerasMPWarning, PolicyError
+from keras_mp.product_times import ProductTimes
 
 __all__ = [
     "advice",
@@ -245,7 +246,7 @@ def _meant(name: str) -> str | None:
 def advice(
     policy: keras.DTypePolicy,
     here: hardware.Hardware,
-    measure: Callable[[str], hardware.ProductTimes] = hardware.measure,
+    measure: Callable[[str], ProductTimes] = hardware.measure,
     call: str = "set_policy({})",
 ) -> list[str]:
     """What the user should know before training under a policy on some hardware.
@@ -290,7 +291,7 @@ def advice(
     return messages
 
 
-def _useless(dtype: str, here: hardware.Hardware, measure: Callable[[str], hardware.ProductTimes]) -> str | None:
+def _useless(dtype: str, here: hardware.Hardware, measure: Callable[[str], ProductTimes]) -> str | None:
     """Why computing in a dtype gains nothing on this hardware; None if it gains, or nobody knows."""
     if dtype not in _STEP or dtype in here.fast_dtypes:
         return None

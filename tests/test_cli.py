@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import keras_mp
 from keras_mp import cli
-from keras_mp.hardware import Device, ProductTimes, measure, recommend
+from keras_mp.hardware import Device, measure, recommend
+from keras_mp.product_times import ProductTimes
 
 
 def run(*arguments):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from keras_mp import hardware
 from keras_mp.errors import ArgumentError
-from keras_mp.hardware import Device, ProductTimes, detect, fast_dtypes, measure, parse_cpuinfo, parse_sysctl, recommend
+from keras_mp.hardware import Device, detect, fast_dtypes, measure, parse_cpuinfo, parse_sysctl, recommend
+from keras_mp.product_times import ProductTimes
 
 PASCAL = Device("gpu", "GTX 1080", compute_capability=(6, 1))
 VOLTA = Device("gpu", "Tesla V100", compute_capability=(7, 0))
@@ -204,17 +204,6 @@ def test_measure_times_both_dtypes(dtype):
     assert times.float32_ms > 0
     assert times.dtype_ms > 0
     assert measure(dtype, "CPU") is times
-
-
-def test_the_eager_way_of_an_accelerator_times_both_dtypes():
-    # The CPU stands in for the GPU: the code names the device and nothing else.
-    times = hardware._interleaved_eager(hardware._factors("bfloat16"), "CPU")
-    assert set(times) == {"float32", "bfloat16"}
-    assert min(times.values()) > 0
-
-
-def test_ratio_is_how_many_times_faster_16_bits_are():
-    assert ProductTimes("CPU", 768, "bfloat16", float32_ms=6.0, dtype_ms=2.0).ratio == 3.0
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import tensorflow as tf
 import keras_mp
 from keras_mp import backend
 from keras_mp.errors import KerasMPWarning, PolicyError
-from keras_mp.hardware import Device, ProductTimes, recommend
+from keras_mp.hardware import Device, recommend
 from keras_mp.policy import advice
+from keras_mp.product_times import ProductTimes
 from tests.derivatives import executed_products
 
 CPU = Device("cpu", "Skylake")

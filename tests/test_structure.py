@@ -20,6 +20,7 @@ PACKAGE = pathlib.Path(keras_mp.__file__).parent
 ORDER = [
     "errors",
     "backend",
+    "product_times",
     "hardware",
     "policy_map",
     "policy",

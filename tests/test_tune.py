@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 import keras_mp
 from keras_mp import backend, cli
 from keras_mp.errors import ArgumentError, ConversionError, DistributionError, PolicyError
-from keras_mp.hardware import Device, ProductTimes, fast_dtypes
+from keras_mp.hardware import Device, fast_dtypes
 from keras_mp.hardware import recommend as recommend_hardware
+from keras_mp.product_times import ProductTimes
 from keras_mp.tune import Candidate, Tuning, explain, recommend
 from keras_mp.tune.report import why_recommended
 from keras_mp.tune.steps import largest_error, paired_ratio

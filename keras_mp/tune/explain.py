@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from keras_mp.hardware import Hardware, ProductTimes
+from keras_mp.hardware import Hardware
+from keras_mp.product_times import ProductTimes
 from keras_mp.tune.report import Candidate
 from keras_mp.tune.work import Product, Work
 

@@ -1,8 +1,4 @@
-"""Activations that compute in float32 what 16 bits would round at every step, and answer in the dtype they get.
-
-Each keeps only its 16-bit input, or output, for the backward pass and is compiled by XLA to one pass over memory where
-that pays.
-"""
+"""Activations of one number at a time, by formula or, of 16 bits on a CPU, out of a table."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,9 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import backend, fusion
+from keras_mp import fusion
+from keras_mp.activations.symbolic import Symbolic
 
-__all__ = ["gelu", "hard_silu", "log_softmax", "mish", "silu", "softmax", "softmax_in_one_pass"]
+__all__ = ["gelu", "hard_silu", "mish", "silu"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -122,106 +119,6 @@ def hard_silu(x: Any) -> Any:
     return _elementwise("hard_silu", x)
 
 
-@keras.saving.register_keras_serializable(package="keras_mp")
-def softmax(x: Any, axis: int | None = -1) -> Any:
-    """Softmax computed in float32.
-
-    A drop-in for `keras.activations.softmax`. The losses of `keras_mp.losses` find the logits behind the
-    probabilities, as those of Keras do in float32. A row of -inf gives the uniform distribution, as in
-    `keras_mp.layers.Softmax`.
-
-    Args:
-        x: logits of any shape; float16, bfloat16, float32 or float64.
-        axis: int, the axis that sums to one; None for all of them together. Defaults to -1.
-
-    Returns:
-        Probabilities of the shape and dtype of `x`.
-
-    Raises:
-        ValueError: if `axis` is out of bounds.
-
-    Example:
-        >>> import keras_mp
-        >>> keras_mp.activations.softmax(tf.constant([[60000.0, 60000.0, 0.0]], "float16")).numpy().tolist()
-        [[0.5, 0.5, 0.0]]
-
-    The gradient is y * (g - sum(g * y)), as in Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 6.2.
-    """
-    if isinstance(x, keras.KerasTensor):
-        return _Symbolic("softmax", {"axis": axis})(x)
-    x = keras.ops.convert_to_tensor(x)
-    axes = _axes(x, axis)
-    if not _is_16_bit(x):
-        return keras.activations.softmax(x, axis=axis)
-    return softmax_in_one_pass(x, axes=axes)
-
-
-@keras.saving.register_keras_serializable(package="keras_mp")
-def log_softmax(x: Any, axis: int | None = -1) -> Any:
-    """Logarithm of the softmax, computed in float32.
-
-    A drop-in for `keras.activations.log_softmax`. A row of -inf gives the logarithm of the uniform distribution.
-
-    Args:
-        x: logits of any shape; float16, bfloat16, float32 or float64.
-        axis: int, the axis over which the probabilities sum to one; None for all together. Defaults to -1.
-
-    Returns:
-        Logarithms of probabilities, of the shape and dtype of `x`.
-
-    Raises:
-        ValueError: if `axis` is out of bounds.
-
-    Example:
-        >>> import keras_mp
-        >>> keras_mp.activations.log_softmax(tf.constant([[300.0, 302.0]], "bfloat16")).numpy().tolist()
-        [[-2.125, -0.126953125]]
-
-    The gradient is g - softmax(x) * sum(g).
-    """
-    if isinstance(x, keras.KerasTensor):
-        return _Symbolic("log_softmax", {"axis": axis})(x)
-    x = keras.ops.convert_to_tensor(x)
-    axes = _axes(x, axis)
-    if not _is_16_bit(x):
-        return keras.activations.log_softmax(x, axis=axis)
-    return _log_softmax_in_one_pass(x, axes=axes)
-
-
-@keras.saving.register_keras_serializable(package="keras_mp")
-class _Symbolic(keras.Operation):
-    """An activation as a node of a functional model, for when it is called with a `keras.Input`."""
-
-    def __init__(self, function: str, settings: dict[str, Any], name: str | None = None) -> None:
-        super().__init__(name=name)
-        self.function, self.settings = function, settings
-
-    def call(self, x: Any) -> Any:
-        return globals()[self.function](x, **self.settings)
-
-    def compute_output_spec(self, x: Any) -> Any:
-        if "axis" in self.settings:
-            _axes(x, self.settings["axis"])
-        return keras.KerasTensor(x.shape, dtype=x.dtype)
-
-    def get_config(self) -> dict[str, Any]:
-        return {"function": self.function, "settings": self.settings, "name": self.name}
-
-
-def _is_16_bit(x: Any) -> bool:
-    return bool(x.dtype.is_floating and x.dtype.size == 2)
-
-
-def _axes(x: Any, axis: int | None) -> tuple[int, ...]:
-    """The axes that sum to one together, or Keras's error for one that is not there."""
-    rank = len(x.shape)
-    if axis is None:
-        return tuple(range(rank))
-    if not -rank <= axis < rank:
-        raise ValueError(f"Axis {axis} is out of bounds for input shape {tuple(x.shape)}. Received: axis={axis}")
-    return (axis % rank,)
-
-
 # Beyond this all of them are x or 0 also in float64. Limits keep inf * 0 out of value and gradient.
 _FAR = 1000.0
 
@@ -279,6 +176,10 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "hard_silu": _hard_silu,
     "mish": _mish,
 }
+
+
+def _is_16_bit(x: Any) -> bool:
+    return bool(x.dtype.is_floating and x.dtype.size == 2)
 
 
 def _wide(x: Any) -> Any:
@@ -349,7 +250,7 @@ _elementwise_operation = fusion.operation(_elementwise_forward, _elementwise_bac
 
 def _elementwise(function: str, x: Any, **settings: Any) -> Any:
     if isinstance(x, keras.KerasTensor):
-        return _Symbolic(function, settings)(x)
+        return Symbolic(function, settings)(x)
     x = keras.ops.convert_to_tensor(x)
     if not x.dtype.is_floating:
         raise ValueError(
@@ -357,63 +258,3 @@ def _elementwise(function: str, x: Any, **settings: Any) -> Any:
             'Cast it first: keras.ops.cast(x, "float32").'
         )
     return _elementwise_operation(x, function=function, **settings)
-
-
-def _shifted(x: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
-    """Logits in float32 less the largest of their row, and the sum of their exponentials.
-
-    exp(x - logsumexp(x)) would round the logsumexp of large logits to their last digit. Nothing is below float32's
-    lowest: a row of -inf would give -inf - -inf.
-    """
-    x = tf.maximum(tf.cast(x, tf.float32), tf.float32.min)
-    x -= tf.stop_gradient(fusion.largest(x, axes))
-    return x, fusion.total(tf.exp(x), axes)
-
-
-def _softmax_in_float32(x: Any, axes: tuple[int, ...]) -> Any:
-    x, total = _shifted(x, axes)
-    return tf.exp(x) * (1.0 / total)
-
-
-def _softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
-    return tf.cast(_softmax_in_float32(x, axes), x.dtype)
-
-
-def _softmax_backward(y: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
-    # y * (g - sum(g * y)), where 16 bits would round the confident y of a row to 1 and lose its gradient, which is that
-    # 1 - y times a difference of g. The other y of the row know 1 - y: with their sum in place of 1 nothing is lost.
-    wide, g = tf.cast(y, tf.float32), tf.cast(upstream, tf.float32)
-    return tf.cast(wide * (g * fusion.total(wide, axes) - fusion.total(g * wide, axes)), y.dtype)
-
-
-def _log_softmax_forward(x: Any, *, axes: tuple[int, ...]) -> Any:
-    shifted, total = _shifted(x, axes)
-    return tf.cast(shifted - tf.math.log(total), x.dtype)
-
-
-def _log_softmax_backward(x: Any, upstream: Any, *, axes: tuple[int, ...]) -> Any:
-    g = tf.cast(upstream, tf.float32)
-    return tf.cast(g - _softmax_in_float32(x, axes) * fusion.total(g, axes), x.dtype)
-
-
-def _softmax_by_kernel(x: Any, *, axes: tuple[int, ...]) -> Any:
-    return tf.nn.softmax(x, axes[0])
-
-
-_softmax_operation = fusion.operation(_softmax_forward, _softmax_backward, keeps_output=True)
-_softmax_of_float32 = fusion.operation(_softmax_by_kernel, _softmax_backward, keeps_output=True, compiles_forward=False)
-_log_softmax_in_one_pass = fusion.operation(_log_softmax_forward, _log_softmax_backward)
-
-
-def softmax_in_one_pass(x: Any, axes: tuple[int, ...]) -> Any:
-    """Softmax over one or several axes, computed in float32, of which only the answer is kept for the backward pass.
-
-    Args:
-        x: float16, bfloat16 or float32 logits of any shape.
-        axes: the axes that sum to one together, counted from the front.
-
-    Returns:
-        Probabilities of the shape and dtype of `x`, with the logits attached where Keras's losses look for them.
-    """
-    by_kernel = x.dtype == tf.float32 and len(axes) == 1
-    return backend.with_logits((_softmax_of_float32 if by_kernel else _softmax_operation)(x, axes=axes), x)
