@@ -18,16 +18,14 @@ import tensorflow as tf
 
 from keras_mp import backend, hardware
 from keras_mp.convert import convert, duplicate
-from keras_mp.errors import ArgumentError, ConversionError, DistributionError, KerasMPError, KerasMPWarning
-from keras_mp.policy import advice, chosen_policy, compute_dtypes
-from keras_mp.tune import explain
+from keras_mp.errors import ArgumentError, ConversionError, KerasMPError, KerasMPWarning
+from keras_mp.policy import advice, compute_dtypes
+from keras_mp.tune import explain, given
 from keras_mp.tune.report import Candidate, Tuning, recommend, why_recommended
 from keras_mp.tune.steps import Copy, Step, largest_error, paired_ratio, take_turns
 from keras_mp.tune.work import Work, count_products
 
 __all__ = ["tune"]
-
-_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 # The largest error of an output, relative to its largest value, that rounding to a dtype explains; as in `export`, but
 # for float32, where XLA adds up in another order than TensorFlow.
@@ -114,46 +112,12 @@ def tune(
     ('float32', False)
     """
     begun = time.perf_counter()
-    _require_trainable(model, budget)
-    compilers = _choices("jit_compile", jit_compile, bool) or [False, True]
-    steps = _choices("steps_per_execution", steps_per_execution, int)
+    given.require_trainable(model, budget)
+    compilers = given.choices("jit_compile", jit_compile, bool) or [False, True]
+    steps = given.choices("steps_per_execution", steps_per_execution, int)
     with _all_left_as_it_was():
-        wanted = _policies(policies)
-        return _Search(model, _Data(batch), wanted, compilers, steps, budget, begun + budget).run()
-
-
-class _Data:
-    """The batch that all candidates train on, and the dataset that it is from, if it is."""
-
-    def __init__(self, batch: Any) -> None:
-        self.dataset: tf.data.Dataset | None = None
-        if isinstance(batch, tf.data.Dataset):
-            self.dataset = batch
-            once = batch.take(1).cache()
-            elements = list(once)  # a cache is one when it was read to its end
-            if not elements:
-                raise ArgumentError("tune(): the dataset has no batch. Give it data, and batch it: dataset.batch(32).")
-            self.first = elements[0]
-            cached = once.repeat()
-        else:
-            self.first = _as_batch(batch)
-            cached = tf.data.Dataset.from_tensors(self.first).repeat()
-        # One for all candidates: each iterator has a copy of all functions that TensorFlow knows by then, which takes
-        # seconds to let go.
-        self.cached = iter(cached.prefetch(2))
-        leaves = [leaf for leaf in keras.tree.flatten(self.first) if leaf is not None]
-        rows = {leaf.shape[0] if len(leaf.shape) else -1 for leaf in leaves}
-        if rows == {0}:
-            raise ArgumentError("tune(): the batch has no rows. Give it a batch of the size that is trained with.")
-        if len(rows) != 1 or -1 in rows:
-            shapes = explain.listed([str(tuple(leaf.shape)) for leaf in leaves])
-            raise ArgumentError(
-                "tune(): all parts of a batch need the same number of rows. Received arrays of shapes "
-                f"{shapes}. Give (x, y) with a row of y for each of x, batch a dataset: "
-                "dataset.batch(32), and make arrays of lists, which are structures here: np.array(x)."
-            )
-        self.rows: int = rows.pop()
-        self.x = keras.utils.unpack_x_y_sample_weight(self.first)[0]
+        wanted = given.policies(policies)
+        return _Search(model, given.Data(batch), wanted, compilers, steps, budget, begun + budget).run()
 
 
 class _Search:
@@ -162,7 +126,7 @@ class _Search:
     def __init__(
         self,
         model: keras.Model,
-        data: _Data,
+        data: given.Data,
         policies: dict[str, keras.DTypePolicy],
         compilers: list[bool],
         steps: list[int],
@@ -259,7 +223,7 @@ class _Search:
     def _untrainable(self, error: Exception) -> ArgumentError:
         return ArgumentError(
             f"tune(): {self.model.name!r} cannot be trained on this batch. {_in_words(error)} Received a batch of "
-            f"{_described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one batch, as fit takes it."
+            f"{given.described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one batch, as fit takes it."
         )
 
     def _convert(self, name: str, policy: keras.DTypePolicy) -> None:
@@ -424,8 +388,8 @@ class _Search:
             self.findings += explain.about_share(work, self.candidates[0].step_ms, self.products)
             self.findings += explain.about_small_products(work, kernels, names)
         arrays = [*keras.tree.flatten(self.data.x), *self.expected]
-        given = frozenset(array.shape[-1] for array in arrays if array is not None and len(array.shape) > 1)
-        self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes, given)
+        sizes = frozenset(array.shape[-1] for array in arrays if array is not None and len(array.shape) > 1)
+        self.findings += explain.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes, sizes)
         self.findings += explain.about_short_steps(self.candidates)
         self.findings += explain.about_failed(self.candidates)
         self.findings += explain.about_untimed(self.candidates, self.budget)
@@ -486,82 +450,6 @@ def _all_left_as_it_was() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _require_trainable(model: Any, budget: float) -> None:
-    if not isinstance(model, keras.Model):
-        raise ArgumentError(
-            f"tune() takes a compiled keras.Model. Received: {model!r} of type {type(model).__name__}. For a file type "
-            "tune(keras_mp.load_model(path), batch)."
-        )
-    if not model.compiled or model.optimizer is None:
-        raise ArgumentError(
-            f"tune(): {model.name!r} is not compiled, so that there is no step to time. Type "
-            'model.compile("adam", loss) with the loss that it is to be trained with, and call tune again.'
-        )
-    if model.run_eagerly:
-        raise ArgumentError(
-            f"tune(): {model.name!r} runs eagerly, op by op, where no compiler is at work. Type "
-            "model.compile(..., run_eagerly=False)."
-        )
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise DistributionError(
-            f"tune(): {model.name!r} has {replicas} replicas, and the step of one is timed. Make the model outside "
-            "strategy.scope(), tune it on the batch of one replica, and use what is recommended in the scope."
-        )
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
-        raise ArgumentError(f"tune(budget={budget!r}): expected a number of seconds above 0, such as budget=60.")
-
-
-def _choices(name: str, given: Any, kind: type) -> list[Any]:
-    choices: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple, set)) else [given]
-    for each in choices:
-        is_bool = isinstance(each, bool)
-        if not (is_bool if kind is bool else isinstance(each, int) and not is_bool and each > 0):
-            example = "True, False or (True, False)" if kind is bool else "a whole number from 1 on, or such as (1, 16)"
-            raise ArgumentError(f"tune({name}={given!r}): expected {example}.")
-    if given is not None and not choices:
-        raise ArgumentError(f"tune({name}={given!r}): expected at least one to try. Leave it out to try all.")
-    return list(dict.fromkeys(choices))
-
-
-def _policies(given: Any) -> dict[str, keras.DTypePolicy]:
-    several = _POLICIES if given is None else given if isinstance(given, (list, tuple, set)) else [given]
-    if not several:
-        raise ArgumentError(f"tune(policies={given!r}): expected at least one to try. Leave it out to try all.")
-    remapper = backend.remapper_enabled()
-    try:
-        found = [chosen_policy(each, "tune(model, batch, policies=[{}])") for each in several]
-    finally:
-        backend.set_remapper(remapper)  # off for float16 on a CPU, which each copy sees to itself
-    return {policy.name: policy for policy in found}
-
-
-def _as_batch(batch: Any) -> tuple[Any, ...]:
-    if not isinstance(batch, (tuple, list)) or not 1 <= len(batch) <= 3:
-        raise ArgumentError(
-            f"tune(): expected a batch (x, y) or (x, y, sample_weight), or a tf.data.Dataset of them. Received: "
-            f"{_described(batch)}. For a model that takes x alone type (x,); of a PyDataset or a generator give one "
-            "batch: dataset[0] or next(generator)."
-        )
-
-    def array(leaf: Any) -> Any:
-        if leaf is None or tf.is_tensor(leaf):
-            return leaf
-        leaf = np.asarray(leaf)
-        if leaf.dtype.kind in "OSU":
-            raise ArgumentError(
-                f"tune(): a batch is of numbers. Received {leaf.dtype}, such as {leaf.ravel()[:1].tolist()}. Make "
-                "numbers of it as for fit, or give a tf.data.Dataset whose map does."
-            )
-        # As `fit` does it.
-        return leaf.astype(keras.config.floatx()) if leaf.dtype == np.float64 else leaf
-
-    batch = keras.tree.map_structure(array, keras.tree.lists_to_tuples(tuple(batch)))
-    while len(batch) > 1 and batch[-1] is None:
-        batch = batch[:-1]
-    return batch
-
-
 def _as_matrix(layer: keras.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a kernel, that of an einsum with what is summed over as one size and what is not as another."""
     if not isinstance(layer, keras.layers.EinsumDense):
@@ -570,16 +458,6 @@ def _as_matrix(layer: keras.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     summed = [size for label, size in zip(kernel, shape, strict=True) if label in inputs]
     kept = [size for label, size in zip(kernel, shape, strict=True) if label not in inputs]
     return math.prod(summed), math.prod(kept)
-
-
-def _described(batch: Any) -> str:
-    def leaf(value: Any) -> str:
-        shape = getattr(value, "shape", None)
-        return (
-            type(value).__name__ if shape is None else f"{keras.backend.standardize_dtype(value.dtype)}{tuple(shape)}"
-        )
-
-    return re.sub(r"'(\w+\([^']*\)|\w+)'", r"\1", repr(keras.tree.map_structure(leaf, batch)))
 
 
 def _policy_of(model: keras.Model) -> str:
