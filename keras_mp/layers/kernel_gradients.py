@@ -72,13 +72,14 @@ def by_offsets(inputs: tf.Tensor, upstream: tf.Tensor, size: tuple[int, int], pa
         size: of the kernel.
         padding: "same" or "valid".
     """
-    inputs = _padded(inputs, upstream, size, (1, 1), padding)
     height, width = upstream.shape[1], upstream.shape[2]
-    rows = [
-        tf.stack([_product(inputs[:, y : y + height, x : x + width, :], upstream) for x in range(size[1])])
-        for y in range(size[0])
-    ]
-    return tf.stack(rows)
+    # Rows of pixels first: what is shifted by whole rows is then one piece of memory, which TensorFlow does not copy.
+    inputs = tf.transpose(_padded(inputs, upstream, size, (1, 1), padding), [1, 0, 2, 3])
+    upstream = tf.transpose(upstream, [1, 0, 2, 3])
+    shifted = [inputs[:, :, x : x + width] for x in range(size[1])]
+    return tf.stack(
+        [tf.stack([_product(columns[y : y + height], upstream) for columns in shifted]) for y in range(size[0])]
+    )
 
 
 def by_patches(
