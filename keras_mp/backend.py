@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "dtype_as_read",
     "excluded_from_weight_decay",
     "first_of_generator",
+    "in_vectorized_map",
     "in_xla_context",
     "inner_layers",
     "is_default_strategy",
@@ -188,6 +190,10 @@ from tensorflow.python.framework import op_def_registry as _op_def_registry  # n
 # calls back into Python, which XLA cannot compile, may be placed in the graph.
 from tensorflow.python.ops import control_flow_util as _control_flow_util  # noqa: E402
 
+# `tf.vectorized_map` replaces ops one by one and so loses gradients of one's own, and has no public name to ask whether
+# it is at work.
+from tensorflow.python.ops.parallel_for import control_flow_ops as _parallel_for  # noqa: E402
+
 
 def build(model: keras.Model, batch: Any) -> None:
     """Creates all the variables that training a model needs and that do not exist yet, for data like this batch.
@@ -237,6 +243,16 @@ def in_xla_context() -> bool:
     if tf.executing_eagerly():
         return False
     return bool(_control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def in_vectorized_map() -> bool:
+    """Whether what is computed now is traced by `tf.vectorized_map`."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_functional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -410,8 +426,11 @@ def raise_from_graph(make_error: Callable[..., Exception], arguments: list[tf.Te
 
 
 def recording() -> bool:
-    """Whether a gradient tape is watching what is computed now, so that this is the forward pass of a training step."""
-    return bool(_record.could_possibly_record())
+    """Whether a gradient tape is watching what is computed now, so that this is the forward pass of a training step.
+
+    Not so inside of `tf.vectorized_map`: a tape outside of it sees other ops, and none of our gradients.
+    """
+    return bool(_record.could_possibly_record()) and not in_vectorized_map()
 
 
 def remapper_enabled() -> bool:

@@ -282,7 +282,8 @@ def operation(
     forward_of, backward_of = fusible(forward), fusible(backward)
 
     def run(*inputs: tf.Tensor, **settings: Any) -> Any:
-        fused, whole = pays(*inputs), backend.in_xla_context()
+        fused = pays(*inputs)
+        whole = backend.in_xla_context() and not backend.in_vectorized_map()
 
         @tf.custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:

@@ -149,6 +149,8 @@ class WeightUpdate:
         later = by_kernels and not self._works_on_gradients(norm)
         if not later:
             grads = [g if g is None else unscaled(g, v) for g, v in zip(grads, variables, strict=True)]
+            if optimizer.gradient_accumulation_steps:
+                grads = [_as_accumulated(g, v) for g, v in zip(grads, variables, strict=True)]
         prepared = unscaled if later else lambda gradient, _: gradient
         try:
             optimizer.global_clipnorm = limit if norm is None else None
@@ -301,6 +303,11 @@ def _multiply(gradient: "tf.Tensor | tf.IndexedSlices", factor: tf.Tensor) -> "t
     if gradient.dtype.size < 4:
         gradient = tf.cast(gradient, tf.float32)
     return gradient * tf.cast(factor, gradient.dtype)
+
+
+def _as_accumulated(gradient: Any, variable: Any) -> Any:
+    """A gradient in the dtype of its variable, in which Keras adds up gradients: 16 bits where the variable is."""
+    return gradient if gradient is None else tf.cast(gradient, backend.tensorflow_variable(variable).dtype)
 
 
 def replaces_variable(variable: Any) -> bool:

@@ -81,7 +81,7 @@ def test_in_a_training_step_on_a_cpu_values_are_looked_up(name, dtype):
     bits = np.arange(0, 1 << 16, 7, np.uint16)
     numbers = tf.bitcast(tf.constant(bits), dtype)
     numbers = tf.boolean_mask(numbers, tf.math.is_finite(numbers))
-    wide = np.asarray(tf.cast(numbers, "float64"))
+    wide = numbers.numpy().astype("float64")  # with subnormal numbers, which TensorFlow's cast takes for zero
     expected = np.array([in_float64(name, float(value))[0] for value in wide])
     run = function(name)
     y, _ = tf.function(lambda x: value_and_gradient(run, x))(numbers)
@@ -227,6 +227,30 @@ def test_replicas_answer_for_their_own_part(mirrored):
 def test_bad_inputs_are_worded():
     with pytest.raises(ValueError, match="`gelu` takes a tensor of a floating-point dtype. Received: x.dtype=int32"):
         activations.gelu(np.array([1], "int32"))
+    with pytest.raises(ValueError, match="`silu` takes a tensor of a floating-point dtype. Received: x.dtype=int32"):
+        activations.silu(keras.Input((3,), dtype="int32"))
     for x in (np.ones((2, 3), "float16"), keras.Input((3,))):
         with pytest.raises(ValueError, match="Axis 2 is out of bounds for input shape"):
             activations.softmax(x, axis=2)
+
+
+@pytest.mark.parametrize("how", ["eager", "graph", "XLA"])
+@pytest.mark.parametrize("name", [*NAMES, "softmax", "log_softmax"])
+@pytest.mark.parametrize("inside", [False, True], ids=["tape outside", "tape inside"])
+def test_a_vectorized_map_has_the_gradients_of_each_row(name, how, inside):
+    """`tf.vectorized_map` replaces ops one by one, and a tape outside of it never sees a gradient of one's own."""
+    run = function(name)
+    x = tf.constant([[1.0, 2.0, 0.5], [-1.0, 2.5, 0.25]], "bfloat16")
+
+    def loss(x):
+        return tf.reduce_sum(tf.cast(run(x), "float32") * [1.0, 2.0, 3.0])
+
+    def gradient(x):
+        if inside:
+            return tf.vectorized_map(lambda row: value_and_gradient(loss, row)[1], x)
+        return value_and_gradient(lambda x: tf.vectorized_map(loss, x), x)[1]
+
+    mapped = gradient(x) if how == "eager" else tf.function(gradient, jit_compile=how == "XLA")(x)
+    expected = tf.map_fn(lambda row: value_and_gradient(loss, row)[1], tf.cast(x, "float64"))
+    assert np.abs(expected).min() > 1e-3
+    np.testing.assert_allclose(tf.cast(mapped, "float64"), expected, rtol=2e-2, atol=2e-2)

@@ -219,6 +219,25 @@ def test_recording_tells_when_a_tape_watches():
     assert seen == {"eager": False, "eager, tape": True, "graph": False, "graph, tape": True}
 
 
+def test_in_vectorized_map_tells_where_ops_are_replaced():
+    """Rests on the frames of `tensorflow.python.ops.parallel_for.control_flow_ops`."""
+    seen = {}
+
+    def look(name, x):
+        seen[name] = backend.in_vectorized_map(), backend.recording()
+        return x
+
+    rows = tf.ones((2, 3))
+    with tf.GradientTape() as tape:
+        tape.watch(rows)
+        tf.vectorized_map(lambda x: look("eager", x), rows)
+        tf.function(lambda rows: tf.vectorized_map(lambda x: look("graph", x), rows))(rows)
+        tf.map_fn(lambda x: look("map_fn", x), rows)
+        look("outside", rows)
+    inside, outside = (True, False), (False, True)
+    assert seen == {"eager": inside, "graph": inside, "map_fn": outside, "outside": outside}
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32", "float64"])
 def test_uncast_gives_what_is_stored(policy):
     class Reader(keras.layers.Layer):

@@ -202,8 +202,15 @@ def test_a_model_converts_computes_the_same_trains_and_returns(name, policy):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("policy", MIXED)
-@pytest.mark.parametrize("name", ["images", "recurrent"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("images", "mixed_bfloat16"),
+        ("recurrent", "mixed_float16"),
+        pytest.param("images", "mixed_float16", marks=pytest.mark.slow),
+        pytest.param("recurrent", "mixed_bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_converted_model_trains_compiled_by_xla(name, policy):
     model, x = MODELS[name]()
     losses = []

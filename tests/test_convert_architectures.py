@@ -24,7 +24,7 @@ TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 8e-3}
 
 APPLICATIONS = sorted(name for name, make in vars(keras.applications).items() if callable(make) and name[0].isupper())
 # One of each kind of layer, in half a minute each; `make test-all` converts all of them.
-SMALL = {"ConvNeXtTiny", "MobileNetV3Small", "ResNet50V2", "VGG16"}
+SMALL = {"ConvNeXtTiny", "MobileNetV3Small", "ResNet50V2"}
 
 
 def application(name):

@@ -119,6 +119,16 @@ def test_a_bad_micro_batch_does_not_poison_the_accumulation_window():
     np.testing.assert_array_equal(variable, [-(1.0 + 3.0) / 2])
 
 
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_gradients_of_variables_that_are_not_float32_are_accumulated(dtype, how):
+    variable = keras.Variable([0.0, 1.0], dtype=dtype)
+    optimizer = make_optimizer(keras.optimizers.SGD(1.0, gradient_accumulation_steps=2), initial_scale=2.0)
+    for gradient in ([2.0, 4.0], [6.0, 0.0]):
+        apply(optimizer, [variable], [tf.constant(gradient, dtype)], how)
+    np.testing.assert_array_equal(np.asarray(variable.value, "float32"), [-(1.0 + 3.0) / 2, 1.0 - (2.0 + 0.0) / 2])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_gradients_of_any_dtype_are_unscaled_without_underflow(dtype):
     variable = keras.Variable([0.0])

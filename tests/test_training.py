@@ -145,10 +145,27 @@ def assert_same_training(model, history, case):
         np.testing.assert_allclose(values, expected[name], rtol=3e-5, atol=3e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_replicas_under_xla_train_as_stock_keras_does_on_one_device(case, mirrored):
-    model, history = train(keras_mp.Model, case, mirrored(2), jit_compile=True)
-    assert model.jit_compile
+# XLA compiles for seconds: of what differs by its loss alone, which XLA compiles like another, with the slow tests.
+SLOW_UNDER_XLA = {
+    "class weights",
+    "loss that is a sum",
+    "loss of one's own, a scalar",
+    "mean over masked weights",
+    "compute_loss of one's own",
+    "several steps at once",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "jit_compile"),
+    [
+        *((case, False) for case in CASES if case in SLOW_UNDER_XLA),
+        *(pytest.param(case, True, marks=[pytest.mark.slow] * (case in SLOW_UNDER_XLA)) for case in CASES),
+    ],
+)
+def test_two_replicas_train_as_stock_keras_does_on_one_device(case, jit_compile, mirrored):
+    model, history = train(keras_mp.Model, case, mirrored(2), jit_compile=jit_compile)
+    assert model.jit_compile is jit_compile
     assert_same_training(model, history, case)
 
 

@@ -204,9 +204,11 @@ def _slope(x: Any, function: str, settings: Mapping[str, Any]) -> Any:
 @functools.cache
 def _table(of: Callable[..., Any], function: str, settings: tuple[tuple[str, Any], ...], dtype: str) -> np.ndarray:
     """`_value` or `_slope` at each number of a 16-bit dtype, computed in float64, in the order of their bits."""
+    # By NumPy, as TensorFlow's cast takes subnormal numbers for zero.
+    with np.errstate(invalid="ignore"):  # NaN is among them
+        numbers = np.arange(1 << 16, dtype=np.uint16).view(tf.as_dtype(dtype).as_numpy_dtype).astype(np.float64)
     with tf.init_scope(), tf.device("CPU"):
-        numbers = tf.bitcast(tf.constant(np.arange(1 << 16, dtype=np.uint16)), dtype)
-        return np.asarray(of(tf.cast(numbers, tf.float64), function, dict(settings)))
+        return np.asarray(of(tf.constant(numbers), function, dict(settings)))
 
 
 def _looked_up(x: Any, of: Callable[..., Any], function: str, settings: Mapping[str, Any], dtype: Any) -> Any:
@@ -249,12 +251,14 @@ _elementwise_operation = fusion.operation(_elementwise_forward, _elementwise_bac
 
 
 def _elementwise(function: str, x: Any, **settings: Any) -> Any:
-    if isinstance(x, keras.KerasTensor):
-        return Symbolic(function, settings)(x)
-    x = keras.ops.convert_to_tensor(x)
-    if not x.dtype.is_floating:
+    is_symbolic = isinstance(x, keras.KerasTensor)
+    x = x if is_symbolic else keras.ops.convert_to_tensor(x)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if not keras.backend.is_float_dtype(dtype):
         raise ValueError(
-            f"`{function}` takes a tensor of a floating-point dtype. Received: x.dtype={x.dtype.name}. "
+            f"`{function}` takes a tensor of a floating-point dtype. Received: x.dtype={dtype}. "
             'Cast it first: keras.ops.cast(x, "float32").'
         )
+    if is_symbolic:
+        return Symbolic(function, settings)(x)
     return _elementwise_operation(x, function=function, **settings)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from tests.derivatives import executed_products
-from tests.layers.contract import Case, check_contract, checked
+from tests.layers.contract import Case, assert_close, check_contract, checked
 
 
 def case(name, shape, *arguments, **settings):
@@ -137,3 +137,27 @@ def test_a_product_in_16_bits_is_not_fused_with_its_bias(name, dtype, tmp_path, 
     assert found
     in_float32 = dtype == "float32" or not gains_from_16_bits
     assert any("Fused" in kind for kind in found) is in_float32
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense"])
+def test_a_vectorized_map_trains(name, jit_compile, gains_from_16_bits):
+    make, (_, *sizes) = BIASED[name]
+    shape = (4, *sizes)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    ours, stock = (make(module) for module in (layers, keras.layers))
+    x = tf.cast(keras.random.uniform((2, *shape), seed=1), "bfloat16")
+    for layer in (ours, stock):
+        layer.build(shape)
+    stock.set_weights(ours.get_weights())
+
+    def gradients(layer, x):
+        weights = [weight.value for weight in layer.trainable_weights]
+        with tf.GradientTape() as tape:
+            tape.watch([x, *weights])
+            y = tf.vectorized_map(layer, x)
+        return tape.gradient(y, [x, *weights])
+
+    found = tf.function(lambda x: gradients(ours, x), jit_compile=jit_compile)(x)
+    for mine, theirs in zip(found, gradients(stock, x), strict=True):
+        assert_close(tf.cast(mine, "float32"), tf.cast(theirs, "float32"), 2e-2)
