@@ -46,7 +46,7 @@ def load_model(
         The model.
 
     Raises:
-        ConversionError: there is no file, or it is not a `.keras` file, or the model cannot be converted.
+        ConversionError: there is no file, or it is not a `.keras` file or damaged, or the model cannot be converted.
         PolicyError: for a policy that does not exist.
 
     Example:
@@ -61,6 +61,11 @@ def load_model(
     >>> mixed.layers[0].compute_dtype, int(mixed.optimizer.iterations)
     ('bfloat16', 1)
     """
+    if isinstance(path, keras.Model):
+        raise ConversionError(
+            f"load_model() takes the path of a .keras file. Received the model {path.name!r}: type "
+            "keras_mp.convert(model, policy)."
+        )
     path = pathlib.Path(path)
     _require_keras_file(path)
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
@@ -129,8 +134,19 @@ def _require_keras_file(path: pathlib.Path) -> None:
             f"{str(path)!r} is a folder. Expected a .keras file; an exported SavedModel holds no layers to train, and "
             "is loaded by tf.saved_model.load."
         )
-    if not zipfile.is_zipfile(path) or not {_CONFIG, _WEIGHTS} <= set(zipfile.ZipFile(path).namelist()):
-        raise ConversionError(
-            f"{str(path)!r} is not a .keras file. Load it as keras.saving.load_model does, then save it by "
-            'model.save("model.keras"), or type keras_mp.convert(model, policy).'
+    if zipfile.is_zipfile(path) and {_CONFIG, _WEIGHTS} <= set(zipfile.ZipFile(path).namelist()):
+        return
+    if path.name.endswith(".weights.h5"):
+        what_to_do = (
+            "It holds weights alone: make the model, model.load_weights(path), then keras_mp.convert(model, policy)."
         )
+    elif path.suffix in (".h5", ".hdf5"):
+        what_to_do = (
+            'Load it by keras.saving.load_model, then save it by model.save("model.keras"), or type '
+            "keras_mp.convert(model, policy)."
+        )
+    elif path.suffix == ".keras":
+        what_to_do = "It is damaged, incomplete or of another kind: save it again by model.save, or copy it anew."
+    else:
+        what_to_do = 'Expected what model.save("model.keras") writes.'
+    raise ConversionError(f"{str(path)!r} is not a .keras file. {what_to_do}")

@@ -167,8 +167,9 @@ class LossScaling:
         if nonfinite_losses:
             cause = (
                 f"The loss itself was not finite in {nonfinite_losses} of them, so no scale can help: the weights or "
-                "the data are at fault. Look for NaN or inf in a batch and in the weights, lower the learning rate or "
-                "set `global_clipnorm` on the inner optimizer, and see that the loss is computed in float32."
+                "the data are at fault. Look in a batch and in the weights for NaN, inf and, where float16 computes, "
+                "numbers beyond its 65504, lower the learning rate or set `global_clipnorm` on the inner optimizer, "
+                "and see that the loss is computed in float32."
             )
         else:
             if scale <= self.min_scale or not self.dynamic:

@@ -138,19 +138,28 @@ def test_it_need_not_be_compiled(tmp_path):
     assert keras_mp.load_model(tmp_path / "model.keras", "mixed_bfloat16", compile=False).compiled is False
 
 
-@pytest.mark.parametrize("name", ["none.keras", "folder", "text.keras", "model.h5"])
+@pytest.mark.parametrize("name", ["none.keras", "folder", "text.keras", "model.h5", "own.weights.h5", "train.py"])
 def test_what_is_no_keras_file_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.keras").write_text("no zip")
-    (tmp_path / "model.h5").write_bytes(b"\x89HDF")
+    for other in ("model.h5", "own.weights.h5", "train.py"):
+        (tmp_path / other).write_bytes(b"\x89HDF")
     expected = {
         "none.keras": "There is no file",
         "folder": "is a folder.*tf.saved_model.load",
-        "text.keras": "is not a .keras file",
+        "text.keras": "is not a .keras file. It is damaged, incomplete or of another kind: save it again",
+        "own.weights.h5": r"is not a .keras file. It holds weights alone: make the model, model.load_weights\(path\)",
+        "train.py": r'is not a .keras file. Expected what model.save\("model.keras"\) writes',
         "model.h5": r'is not a .keras file.*model.save\("model.keras"\)',
     }
     with pytest.raises(ConversionError, match=expected[name]):
         keras_mp.load_model(tmp_path / name)
+
+
+def test_a_model_is_for_convert():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="made")
+    with pytest.raises(ConversionError, match=r"Received the model 'made': type keras_mp.convert\(model, policy\)"):
+        keras_mp.load_model(model, "auto")
 
 
 # Keras advises against the format itself, in a log line and no warning.

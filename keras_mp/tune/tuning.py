@@ -222,8 +222,9 @@ class _Search:
 
     def _untrainable(self, error: Exception) -> ArgumentError:
         return ArgumentError(
-            f"tune(): {self.model.name!r} cannot be trained on this batch. {_in_words(error)} Received a batch of "
-            f"{given.described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one batch, as fit takes it."
+            f"tune(): {self.model.name!r} cannot be trained on this batch. {_in_words(error).rstrip('.')}. "
+            f"Received a batch of {given.described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one "
+            "batch, as fit takes it."
         )
 
     def _convert(self, name: str, policy: keras.DTypePolicy) -> None:
