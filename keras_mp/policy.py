@@ -272,6 +272,7 @@ def advice(
         given = call.format(f'"{each.name}"')
         if each is not policy:
             given = call.format(f'<a {type(policy).__name__} with "{each.name}">')
+            typed = "{} in its place in the map"
         useless = _useless(each.compute_dtype, here, measure)
         pure = each.variable_dtype in _STEP
         if useless:

@@ -241,6 +241,7 @@ def test_what_was_measured_to_be_fast_is_not_called_useless():
 def test_advice_on_a_map_names_the_policy_in_it():
     (message,) = advice(float16_map(), recommend([CPU]), times)
     assert message.startswith('set_policy(<a DTypePolicyMap with "mixed_float16">): float16 gains nothing')
+    assert message.endswith('Type "float32" in its place in the map, the best for this hardware.')
 
 
 def lines_of_warnings(function):

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend, fusion
+from keras_mp.errors import ArgumentError
 from keras_mp.layers.dense import EinsumDense
 from keras_mp.layers.dot_product import Masks, attend, attend_with_scores, wide_dtype
 from keras_mp.layers.softmax import Softmax
@@ -80,6 +81,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the projections."""
+        _require_steps(self, query_shape, value_shape)
         super().build(query_shape, value_shape, key_shape)
         _project_by_matrices(self)
         # For attention over several axes, which Keras's own computation does.
@@ -221,6 +223,7 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
         """Creates the projections."""
+        _require_steps(self, query_shape, value_shape)
         super().build(query_shape, value_shape, key_shape)
         _project_by_matrices(self)
 
@@ -276,6 +279,15 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
     def get_config(self) -> dict[str, Any]:
         """The arguments."""
         return {**super().get_config(), "flash_attention": self.flash_attention}
+
+
+def _require_steps(layer: keras.Layer, query_shape: Any, value_shape: Any) -> None:
+    """Refuses tensors without an axis of steps, at which Keras fails over an axis that it makes itself."""
+    if min(len(query_shape), len(value_shape)) < 3:
+        raise ArgumentError(
+            f"`{type(layer).__name__}` takes tensors of shape (batch, steps, features). Received: "
+            f"query.shape={tuple(query_shape)}, value.shape={tuple(value_shape)}. For a single text type x[None]."
+        )
 
 
 def _project_by_matrices(layer: keras.Layer) -> None:

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
+from keras_mp.errors import ArgumentError
 from keras_mp.layers import dot_product
 from tests.layers.contract import Case, assert_close, check_contract, checked, gradients_of
 
@@ -628,3 +629,12 @@ def test_scores_after_dropout_are_those_of_the_outputs_in_a_training_step():
 
     outputs, scores, _ = step(query)
     np.testing.assert_allclose(scores, outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: layers.MultiHeadAttention(2, 4), lambda: layers.GroupedQueryAttention(4, 2, 1)]
+)
+def test_an_axis_of_the_batch_that_is_missing_is_named(make):
+    x = tf.ones((3, 4))
+    with pytest.raises(ArgumentError, match=r"\(batch, steps, features\). Received: query.shape=\(3, 4\).*x\[None\]"):
+        getattr(layers, name)(*sizes)(x, x)
