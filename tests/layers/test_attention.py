@@ -631,10 +631,8 @@ def test_scores_after_dropout_are_those_of_the_outputs_in_a_training_step():
     np.testing.assert_allclose(scores, outputs, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: layers.MultiHeadAttention(2, 4), lambda: layers.GroupedQueryAttention(4, 2, 1)]
-)
-def test_an_axis_of_the_batch_that_is_missing_is_named(make):
+@pytest.mark.parametrize(("name", "sizes"), [("MultiHeadAttention", (2, 4)), ("GroupedQueryAttention", (4, 2, 1))])
+def test_an_axis_of_the_batch_that_is_missing_is_named(name, sizes):
     x = tf.ones((3, 4))
     with pytest.raises(ArgumentError, match=r"\(batch, steps, features\). Received: query.shape=\(3, 4\).*x\[None\]"):
         getattr(layers, name)(*sizes)(x, x)
