@@ -233,6 +233,16 @@ def first_of_generator(iterator: Any) -> Any:
     return batches[0] if batches else None
 
 
+def in_vectorized_map() -> bool:
+    """Whether what is computed now is traced by `tf.vectorized_map`."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def in_xla_context() -> bool:
     """Whether the code that is running now is being traced for XLA.
 
@@ -243,16 +253,6 @@ def in_xla_context() -> bool:
     if tf.executing_eagerly():
         return False
     return bool(_control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
-
-
-def in_vectorized_map() -> bool:
-    """Whether what is computed now is traced by `tf.vectorized_map`."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def is_functional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

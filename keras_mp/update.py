@@ -149,7 +149,7 @@ class WeightUpdate:
         later = by_kernels and not self._works_on_gradients(norm)
         if not later:
             grads = [g if g is None else unscaled(g, v) for g, v in zip(grads, variables, strict=True)]
-            if optimizer.gradient_accumulation_steps:
+            if any(each.gradient_accumulation_steps for each in self.optimizers):
                 grads = [_as_accumulated(g, v) for g, v in zip(grads, variables, strict=True)]
         prepared = unscaled if later else lambda gradient, _: gradient
         try:

@@ -1,5 +1,6 @@
 """Softmax and its logarithm, in float32 inside."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -36,14 +37,7 @@ def softmax(x: Any, axis: int | None = -1) -> Any:
 
     The gradient is y * (g - sum(g * y)), as in Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 6.2.
     """
-    is_symbolic = isinstance(x, keras.KerasTensor)
-    x = x if is_symbolic else keras.ops.convert_to_tensor(x)
-    axes = _axes(x, axis)
-    if is_symbolic:
-        return Symbolic("softmax", {"axis": axis})(x)
-    if x.dtype not in (tf.float16, tf.bfloat16):
-        return keras.activations.softmax(x, axis=axis)
-    return softmax_in_one_pass(x, axes=axes)
+    return _along_axis("softmax", x, axis, softmax_in_one_pass)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -69,14 +63,19 @@ def log_softmax(x: Any, axis: int | None = -1) -> Any:
 
     The gradient is g - softmax(x) * sum(g).
     """
+    return _along_axis("log_softmax", x, axis, _log_softmax_in_one_pass)
+
+
+def _along_axis(function: str, x: Any, axis: int | None, in_one_pass: Callable[..., Any]) -> Any:
+    """A node of a model for a `keras.Input`, Keras's function for 32 and 64 bits, and for 16 the one given."""
     is_symbolic = isinstance(x, keras.KerasTensor)
     x = x if is_symbolic else keras.ops.convert_to_tensor(x)
     axes = _axes(x, axis)
     if is_symbolic:
-        return Symbolic("log_softmax", {"axis": axis})(x)
+        return Symbolic(function, {"axis": axis})(x)
     if x.dtype not in (tf.float16, tf.bfloat16):
-        return keras.activations.log_softmax(x, axis=axis)
-    return _log_softmax_in_one_pass(x, axes=axes)
+        return getattr(keras.activations, function)(x, axis=axis)
+    return in_one_pass(x, axes=axes)
 
 
 def _axes(x: Any, axis: int | None) -> tuple[int, ...]:
