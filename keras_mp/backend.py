@@ -28,7 +28,6 @@ __all__ = [
     "dtype_as_read",
     "excluded_from_weight_decay",
     "first_of_generator",
-    "in_vectorized_map",
     "in_xla_context",
     "inner_layers",
     "is_default_strategy",
@@ -233,16 +232,6 @@ def first_of_generator(iterator: Any) -> Any:
     return batches[0] if batches else None
 
 
-def in_vectorized_map() -> bool:
-    """Whether what is computed now is traced by `tf.vectorized_map`."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def in_xla_context() -> bool:
     """Whether the code that is running now is being traced for XLA.
 
@@ -430,7 +419,17 @@ def recording() -> bool:
 
     Not so inside of `tf.vectorized_map`: a tape outside of it sees other ops, and none of our gradients.
     """
-    return bool(_record.could_possibly_record()) and not in_vectorized_map()
+    return bool(_record.could_possibly_record()) and not _in_vectorized_map()
+
+
+def _in_vectorized_map() -> bool:
+    """Whether what is computed now is traced by `tf.vectorized_map`."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def remapper_enabled() -> bool:

@@ -207,17 +207,14 @@ def held(whole: bool, *tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
 
     XLA, where it compiles both, finds that a rounding to 16 bits undoes a cast to float32, or that both passes compute
     the same, and keeps the float32 tensor from one to the other. A barrier around each tensor, not around all together,
-    keeps it from that, and from keeping what no one uses. There is none inside of `tf.vectorized_map`, which knows no
-    such operation.
+    keeps it from that, and from keeping what no one uses.
 
     Args:
         whole: whether XLA compiles both passes: `keras_mp.backend.in_xla_context` in the forward pass, as the backward
             pass of a compiled function does not know.
         tensors: what is kept.
     """
-    if not whole or backend.in_vectorized_map():
-        return tensors
-    return tuple(backend.optimization_barrier(tensor) for tensor in tensors)
+    return tuple(backend.optimization_barrier(tensor) for tensor in tensors) if whole else tensors
 
 
 def not_before(upstream: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
