@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -42,6 +43,7 @@ __all__ = [
     "optimization_barrier",
     "origin",
     "output_places",
+    "placeholder",
     "preprocessing_classes",
     "raise_from_graph",
     "recording",
@@ -49,6 +51,7 @@ __all__ = [
     "run_through_graph",
     "runtime_started",
     "saving_to_h5",
+    "scratch_graph",
     "seed_states",
     "set_auto_config",
     "set_remapper",
@@ -56,6 +59,7 @@ __all__ = [
     "strategy_of",
     "tensorflow_variable",
     "uncast",
+    "watched_calls",
     "with_logits",
     "with_mask",
     "without_all_reduce",
@@ -210,9 +214,9 @@ def build(model: keras.Model, batch: Any) -> None:
         model._symbolic_build(data_batch=batch)
 
 
-def call(model: keras.Model, x: Any, training: bool) -> Any:
+def call(model: keras.Model, *args: Any, training: bool, **kwargs: Any) -> Any:
     """The model's outputs, told whether it trains if it wants to know, which no public name says."""
-    return model(x, training=training) if model._call_has_training_arg else model(x)
+    return model(*args, training=training, **kwargs) if model._call_has_training_arg else model(*args, **kwargs)
 
 
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
@@ -717,6 +721,61 @@ def preprocessing_classes() -> tuple[type, ...]:
     bases = [getattr(keras.layers, name).__base__ for name in names]
     own = ("CategoryEncoding", "HashedCrossing", "Hashing", "MelSpectrogram", "Pipeline", "STFTSpectrogram")
     return (*bases, keras.layers.TextVectorization, *(getattr(keras.layers, name) for name in own))
+
+
+def scratch_graph() -> tf.Graph:
+    """A graph to trace code in that is thrown away, as Keras makes one to find out shapes."""
+    return tf.__internal__.FuncGraph("keras_mp_scratch")
+
+
+def placeholder(symbol: keras.KerasTensor) -> Any:
+    """What stands for a symbolic tensor in the graph that is being made."""
+    make = tf.compat.v1.sparse_placeholder if symbol.sparse else tf.compat.v1.placeholder
+    return make(symbol.dtype, symbol.shape)
+
+
+@contextlib.contextmanager
+def watched_calls(
+    begins: Callable[[keras.Operation, Any], Any],
+    ends: Callable[[Any, Any], None],
+    fails: Callable[[Any], None],
+    adds_loss: Callable[[keras.Layer], None],
+) -> Iterator[None]:
+    """Inside, and in this thread, tells of every call of a layer or of a graph's operation, and of losses of layers.
+
+    Keras has no hook around a call; what is replaced here comes back with the end of the block.
+
+    Args:
+        begins: gets the layer or operation and its arguments, which Keras has cast. What it returns is a mark.
+        ends: gets the mark and the outputs.
+        fails: gets the mark where there is an error instead.
+        adds_loss: gets the layer whose `add_loss` is called.
+    """
+    thread = threading.get_ident()
+    call, add_loss = keras.Operation.__call__, keras.Layer.add_loss
+
+    def watched_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(self, *args, **kwargs)
+        mark = begins(self, (args, kwargs))
+        try:
+            outputs = call(self, *args, **kwargs)
+        except BaseException:
+            fails(mark)
+            raise
+        ends(mark, outputs)
+        return outputs
+
+    def watched_add_loss(self: Any, loss: Any) -> None:
+        if threading.get_ident() == thread:
+            adds_loss(self)
+        add_loss(self, loss)
+
+    keras.Operation.__call__, keras.Layer.add_loss = watched_call, watched_add_loss
+    try:
+        yield
+    finally:
+        keras.Operation.__call__, keras.Layer.add_loss = call, add_loss
 
 
 _before_training: list[Callable[[keras.Model], None]] = []

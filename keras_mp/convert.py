@@ -1,9 +1,10 @@
 """`convert`: a model that exists, trained or not, under another dtype policy, and back."""
 
+import functools
 import re
 import traceback
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import keras
@@ -11,13 +12,24 @@ import numpy as np
 
 from keras_mp import activations, backend, layers
 from keras_mp.errors import ConversionError, KerasMPWarning
+from keras_mp.flow import flow_of, input_specs, is_foreign, trace
+from keras_mp.inserted import (
+    Float32Operation,
+    Float32Regularizer,
+    OutputCast,
+    UncastInputs,
+    casts_losses,
+    float32_operation,
+    is_narrow,
+    output_cast,
+)
 from keras_mp.optimizer import LossScaleOptimizer
-from keras_mp.policy import chosen_policy, needs_loss_scaling, stacklevel
+from keras_mp.policy import chosen_policy, named_policy, needs_loss_scaling, policies_in, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
 from keras_mp.training import Model
 
-__all__ = ["Float32Regularizer", "OutputCast", "convert", "duplicate"]
+__all__ = ["convert", "duplicate"]
 
 # The layer here for each of Keras's that 16 bits do not suit or that takes longer than it has to, and back.
 _SAFE: dict[type, type] = {
@@ -32,69 +44,6 @@ _SAFE_ACTIVATIONS: dict[Any, Any] = {
 _STOCK_ACTIVATIONS: dict[Any, Any] = {ours: stock for stock, ours in _SAFE_ACTIVATIONS.items()}
 
 _NARROW = ("float16", "bfloat16")
-
-
-@keras.saving.register_keras_serializable(package="keras_mp")
-class OutputCast(keras.layers.Layer):
-    """Casts a 16-bit output of a model to float32, where the layer that makes it cannot answer in float32 itself.
-
-    `convert` puts it there, and takes it out on the way back.
-
-    Args:
-        **kwargs: `name` and the other arguments of a Keras layer.
-
-    Call arguments:
-        inputs: tensor of any shape and dtype.
-
-    Returns:
-        Tensor of that shape, float32 where the input is a 16-bit float.
-
-    Example:
-
-    >>> import keras_mp
-    >>> OutputCast()(tf.ones((2,), "bfloat16")).dtype
-    tf.float32
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "dtype": "float32"}, autocast=False)
-        self.supports_masking = True
-
-    def call(self, inputs: Any) -> Any:
-        """Casts; see the class."""
-        return keras.ops.cast(inputs, "float32") if _is_narrow(inputs) else inputs
-
-    def compute_output_spec(self, inputs: Any) -> Any:
-        """The output as a symbolic tensor."""
-        return keras.KerasTensor(inputs.shape, "float32" if _is_narrow(inputs) else inputs.dtype)
-
-
-@keras.saving.register_keras_serializable(package="keras_mp")
-class Float32Regularizer(keras.regularizers.Regularizer):
-    """Takes another regularizer's penalty in float32, for outputs of 16 bits, of which Keras cannot add it to the loss.
-
-    `convert` puts it around the `activity_regularizer` of a layer, and takes it off on the way back.
-
-    Args:
-        regularizer: a Keras regularizer, or the name of one.
-
-    Example:
-
-    >>> import keras_mp
-    >>> float(Float32Regularizer("l2")(tf.fill((300, 300), tf.constant(10, "float16"))))
-    90000.0
-    """
-
-    def __init__(self, regularizer: Any) -> None:
-        self.regularizer = keras.regularizers.get(regularizer)
-
-    def __call__(self, x: Any) -> Any:
-        """The penalty, float32."""
-        return self.regularizer(keras.ops.cast(x, "float32"))
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal regularizer."""
-        return {"regularizer": keras.regularizers.serialize(self.regularizer)}
 
 
 def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Model:
@@ -147,23 +96,7 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
             "keras_mp.load_model(path, policy)."
         )
     wanted = chosen_policy(policy, "convert(model, {})")
-    left: dict[type, str] = {}
-    while True:
-        conversion = _Conversion(model, wanted, left)
-        try:
-            converted = conversion.run()
-            break
-        except ConversionError:
-            raise
-        except Exception as error:
-            culprit = conversion.culprit(error)
-            if culprit is None or culprit in left or culprit is type(model):
-                raise ConversionError(
-                    f"{model.name!r} cannot be converted to {wanted.name!r}: {_what_it_says(error)}"
-                ) from error
-            left[culprit] = _what_it_says(error)
-    _warn(converted, wanted, left)
-    return converted
+    return _Conversion(model, wanted).run()
 
 
 def duplicate(model: keras.Model) -> keras.Model:
@@ -186,7 +119,9 @@ def duplicate(model: keras.Model) -> keras.Model:
     >>> type(copy.layers[0]) is keras.layers.LayerNormalization, copy.layers[0].compute_dtype
     (True, 'bfloat16')
     """
-    rebuild = Rebuild(lambda layer, path: Choice(type(layer), layer.dtype_policy))
+    rebuild = Rebuild(
+        lambda layer, path: Choice(type(layer), layer.dtype_policy, {}, output_cast(layer), casts_losses(layer))
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="keras")  # Keras has said it when the model was made
         copy = rebuild(model)
@@ -197,47 +132,146 @@ def duplicate(model: keras.Model) -> keras.Model:
 
 
 class _Conversion:
-    """One attempt to convert a model, with the layers of some classes left in float32."""
+    """The conversion of a model: attempts, until one gives a model that runs in training and inference.
 
-    def __init__(self, model: keras.Model, wanted: keras.DTypePolicy, left: Iterable[type]) -> None:
+    Attributes:
+        left: by class, or by path for layers of code that no class has, why layers are left in float32.
+        plain: classes whose own code must see no float32 number among its 16-bit ones.
+    """
+
+    def __init__(self, model: keras.Model, wanted: keras.DTypePolicy) -> None:
         self.model, self.wanted = model, wanted
+        self.left: dict[type | str, str] = {}
+        self.plain: dict[type, str] = {}
+        self.narrow = any(policy.compute_dtype in _NARROW for policy in policies_in(wanted))
+        self.foreign = any(map(is_foreign, backend.layers_by_path(model).values()))
+        specs = input_specs(model)
+        flow, spec = flow_of(model, specs) if self.narrow else (None, None)
+        self.flow, self.specs = flow, specs if spec is None else [spec]
         # The penalty of `ActivityRegularization` is taken of what it is given.
-        stay = (*backend.preprocessing_classes(), layers.Float32, keras.layers.ActivityRegularization)
-        self.stay = (*stay, *left)
-        self.in_float32: set[str] = set()  # paths, which stand for what is inside as well
-        self.outputs = _output_layers(model)
-        self.rebuild = Rebuild(self.choose, self.finish_outputs)
+        self.stay = (*backend.preprocessing_classes(), layers.Float32, keras.layers.ActivityRegularization)
 
     def run(self) -> keras.Model:
+        while True:
+            attempt = _Attempt(self)
+            try:
+                converted = attempt.make()
+                outputs = attempt.try_out(converted) if self.narrow else []
+                break
+            except ConversionError:
+                raise
+            except Exception as error:
+                self.learn(attempt, error)
+        _compile_alike(self.model, converted, attempt.rebuild)
+        self.warn(converted, outputs, attempt)
+        return converted
+
+    def learn(self, attempt: "_Attempt", error: Exception) -> None:
+        """Makes sure that the next attempt differs from one that has failed."""
+        reason = _what_it_says(error)
+        for layer in attempt.culprits(error):
+            by_path = isinstance(layer, keras.layers.Lambda)
+            key: type | str = attempt.rebuild.paths[id(layer)] if by_path else type(layer)
+            if isinstance(key, type) and backend.inner_layers(layer) and key not in self.plain:
+                self.plain[key] = reason
+                return
+            if key not in self.left and type(layer) is not type(self.model):
+                self.left[key] = reason
+                return
+        raise ConversionError(f"{self.model.name!r} cannot be converted to {self.wanted.name!r}: {reason}") from error
+
+    def is_left(self, layer: keras.Layer, path: str) -> bool:
+        return isinstance(layer, self.stay) or type(layer) in self.left or path in self.left
+
+    def warn(self, converted: keras.Model, outputs: list[Any], attempt: "_Attempt") -> None:
+        messages = []
+        by_path = backend.layers_by_path(converted)
+        for key, reason in self.left.items():
+            paths = [path for path, layer in by_path.items() if key in (type(layer), path)]
+            kind = key if isinstance(key, type) else type(by_path[key])
+            others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            messages.append(
+                f"{kind.__name__} fails in {self.wanted.compute_dtype}, so {paths[0]!r}{others} is left in float32. "
+                f"{reason} What a layer makes itself should be of its compute dtype, as keras.ops.ones(shape, "
+                "dtype=self.compute_dtype), and within its range."
+            )
+        rounded = [path for path in attempt.rounded if path in by_path]
+        if rounded:
+            messages.append(
+                f"The code of {type(by_path[rounded[0]]).__name__} ({rounded[0]!r}) adds up numbers from outside and "
+                "16-bit ones, so its float inputs are rounded before it sees them. Ids, times and positions among them "
+                "should be integers, or be cast where they are added: keras.ops.cast(x, self.compute_dtype)."
+            )
+        if any(map(is_narrow, outputs)):
+            messages.append(
+                f"An output of {converted.name!r} is still a 16-bit float, for no layer makes it that could compute in "
+                'float32. Cast it in `call`: keras.ops.cast(output, "float32").'
+            )
+        if isinstance(self.wanted, PolicyMap):
+            for pattern, close in self.wanted.unmatched(converted).items():
+                hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+                messages.append(f"The pattern {pattern!r} matches no layer of {converted.name!r}.{hint}")
+        for message in messages:
+            warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
+
+
+class _Attempt:
+    """One attempt of a conversion.
+
+    Attributes:
+        rounded: paths of layers that should hand inputs on as they are, and whose code does not bear it.
+    """
+
+    def __init__(self, conversion: _Conversion) -> None:
+        self.conversion, self.model, self.wanted = conversion, conversion.model, conversion.wanted
+        self.in_float32: set[str] = set()  # paths, which stand for what is inside as well
+        self.rounded: list[str] = []
+        self.running: list[keras.Operation] = []  # the layers that were being called when an error came
+        self.rebuild = Rebuild(self.choose, self.finish_outputs, self.choose_operation)
+        # What no trace tells of a model that is not built yet.
+        self.last = _output_layers(self.model) if conversion.flow is None else set()
+
+    def make(self) -> keras.Model:
         with warnings.catch_warnings(), np.errstate(over="raise"):
             # Keras has said what it says of this model when the model was made. NumPy tells of a number, such as a mask
             # of -1e9, that float16 makes infinite.
             warnings.filterwarnings("ignore", module="keras")
             converted = self.rebuild(self.model)
             if isinstance(self.model, keras.Sequential):
-                if any(map(_is_narrow, _symbolic_outputs(converted))):
+                if any(map(is_narrow, _symbolic_outputs(converted))):
                     converted.add(OutputCast(name=f"{converted.layers[-1].name}_float32"))
             elif isinstance(self.model, backend.Functional):
                 converted.output_names = list(self.model.output_names)  # the keys of losses given by name
-            else:
-                self.outputs = self.layers_that_answer(converted)
-                if self.outputs:
-                    self.rebuild = Rebuild(self.choose)
-                    converted = self.rebuild(self.model)
-        _compile_alike(self.model, converted, self.rebuild)
         return converted
+
+    def try_out(self, converted: keras.Model) -> list[Any]:
+        """Traces the copy as it will run, and returns its outputs where that is known.
+
+        Layers of Keras and of ours are known to run. A mode in which the model itself fails is not asked for.
+        """
+        if not self.conversion.foreign:
+            return _symbolic_outputs(converted)
+        for specs in self.conversion.specs:
+            outputs = None
+            for training in (False, True):
+                try:
+                    trace(self.model, specs, training)
+                except Exception:  # these are not the inputs that it takes
+                    continue
+                with np.errstate(over="raise"):
+                    outputs = trace(converted, specs, training, self.running).outputs
+            if outputs is not None:
+                return outputs
+        return []
 
     def choose(self, layer: keras.Layer, path: str) -> Choice | None:
         policy = self.policy_for(layer, path)
         narrow = policy.compute_dtype in _NARROW
         if isinstance(layer, OutputCast) and not narrow:
             return None
-        last, dense = id(layer) in self.outputs, type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
-        if narrow and last and not dense and not backend.inner_layers(layer):
-            # What holds other layers is cast behind it instead: all that it computes need not be in float32.
-            policy, narrow = keras.DTypePolicy("float32"), False
+        dense = type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
         cls = (_SAFE if narrow else _STOCK).get(type(layer), type(layer))
-        if narrow and last and dense:
+        if narrow and dense and self.is_last(layer, path):
             cls = layers.Head
         arguments = {}
         activation = getattr(layer, "activation", None)
@@ -249,21 +283,82 @@ class _Conversion:
             arguments["activity_regularizer"] = Float32Regularizer(penalty)
         elif not narrow and isinstance(penalty, Float32Regularizer):
             arguments["activity_regularizer"] = penalty.regularizer
-        return Choice(cls, policy, arguments)
+        flow = self.conversion.flow
+        if flow is None or layer.quantization_mode is not None:
+            return Choice(cls, policy, arguments)
+        around = self.policy_around(path)
+        output_dtype = None
+        if policy.compute_dtype == "float32" and around in _NARROW and id(layer) in flow.mixing:
+            output_dtype = around
+        if narrow and id(layer) in flow.raw_inputs and cls is type(layer):
+            if type(layer) in self.conversion.plain:
+                self.rounded.append(path)
+            else:
+                policy = UncastInputs(policy.name)
+        return Choice(cls, policy, arguments, output_dtype, narrow and id(layer) in flow.losses)
 
     def policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
         pinned = layer.compute_dtype not in (*_NARROW, "float32", self.model.compute_dtype)
         if pinned or layer.quantization_mode is not None:
             return layer.dtype_policy
-        if isinstance(layer, self.stay):
+        if self.conversion.is_left(layer, path):
             self.in_float32.add(path)
-        parts = path.split("/")
-        if any("/".join(parts[:depth]) in self.in_float32 for depth in range(1, len(parts) + 1)):
+        if self.is_in_float32(path):
             return keras.DTypePolicy("float32")
-        return self.wanted[path] if isinstance(self.wanted, keras.dtype_policies.DTypePolicyMap) else self.wanted
+        wanted, named = named_policy(self.wanted, path)
+        if named or wanted.compute_dtype not in _NARROW:
+            return wanted
+        dense = type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
+        # What holds other layers is cast behind it instead: all that it computes need not be in float32.
+        answers = self.is_last(layer, path) and not dense and not backend.inner_layers(layer)
+        flow = self.conversion.flow
+        if answers or (flow is not None and not self.is_plain(path) and id(layer) in flow.exact):
+            self.in_float32.add(path)
+            return keras.DTypePolicy("float32")
+        if flow is not None and id(layer) in flow.losses and not backend.inner_layers(layer):
+            return keras.DTypePolicy("float32")
+        if flow is not None and id(layer) in flow.own_code and type(layer) not in self.conversion.plain:
+            return keras.DTypePolicy("float32")  # for its own code alone
+        return wanted
+
+    def is_last(self, layer: keras.Layer, path: str) -> bool:
+        last = self.last if self.conversion.flow is None else self.conversion.flow.last
+        return id(layer) in last and not self.is_plain(path)
+
+    def is_plain(self, path: str) -> bool:
+        """Whether a layer stands in the code of one that bears no float32 number among 16-bit ones."""
+        plain = self.conversion.plain
+        return any(type(layer) in plain for layer in self.holders(path))
+
+    def is_in_float32(self, path: str) -> bool:
+        parts = path.split("/")
+        return any("/".join(parts[:depth]) in self.in_float32 for depth in range(1, len(parts) + 1))
+
+    @functools.cached_property
+    def layers_by_path(self) -> dict[str, keras.Layer]:
+        return backend.layers_by_path(self.model)
+
+    def holders(self, path: str) -> list[keras.Layer]:
+        """The layers that a layer stands in, from the innermost outwards."""
+        parts = path.split("/")
+        found = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+        return [self.layers_by_path[each] for each in found if each in self.layers_by_path]
+
+    def policy_around(self, path: str) -> str:
+        """The compute dtype of the code that a layer is called in."""
+        outer = "/".join(path.split("/")[:-1])
+        if not outer or self.is_in_float32(outer):
+            return "float32"
+        return named_policy(self.wanted, outer)[0].compute_dtype
+
+    def choose_operation(self, operation: Any, copy: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(copy, Float32Operation):
+            copy = copy.operation
+        tail = self.conversion.flow is not None and id(operation) in self.conversion.flow.tail
+        return float32_operation(copy, args, kwargs, tail) if self.conversion.narrow else copy
 
     def finish_outputs(self, outputs: Any) -> Any:
-        if not any(map(_is_narrow, keras.tree.flatten(outputs))):
+        if not any(map(is_narrow, keras.tree.flatten(outputs))):
             return outputs
         # All of them, or the layers before some would come to lie deeper, and Keras lists weights by depth.
         casts: dict[int, OutputCast] = {}
@@ -272,40 +367,17 @@ class _Conversion:
             casts.setdefault(id(maker), OutputCast(name=f"{maker.name}_float32"))
         return keras.tree.map_structure(lambda output: casts[id(backend.origin(output))](output), outputs)
 
-    def layers_that_answer(self, converted: keras.Model) -> set[int]:
-        """Of a model whose graph is not known, the layers that have to compute in float32 for float32 outputs."""
-        shapes = converted.get_build_config()
-        found: set[int] = set()
-        narrow = _narrow_answers(converted, shapes)
-        originals = {id(copy): original for original, copy in self.rebuild.copies.items()}
-        last = [each for inner in backend.inner_layers(converted) for each in _last_layers(inner)]
-        tried: list[keras.Layer] = []
-        for layer in reversed([each for each in last if not backend.inner_layers(each)]):
-            if not narrow:
-                break
-            tried.append(layer)
-            before = layer.dtype_policy
-            layer.dtype_policy = keras.DTypePolicy("float32")
-            fewer = _narrow_answers(converted, shapes)
-            if fewer is not None and fewer < narrow:
-                found |= {originals[id(each)] for each in tried}
-                narrow, tried = fewer, []
-            elif fewer is not None:
-                layer.dtype_policy = before
-                tried.remove(layer)
-            # Otherwise its answer meets one of 16 bits, whose layer comes next.
-        return found
-
-    def culprit(self, error: BaseException | None) -> type | None:
-        """The class of the innermost layer in whose call an error arose."""
-        found = None
-        while error is not None:
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                layer = frame.f_locals.get("self")
-                if isinstance(layer, keras.Layer) and id(layer) in self.rebuild.paths:
-                    found = type(layer)
+    def culprits(self, error: BaseException | None) -> list[keras.Layer]:
+        """The layers of the copy in whose call an error arose, from the innermost outwards."""
+        paths = self.rebuild.paths
+        found = [each for each in reversed(self.running) if id(each) in paths]
+        while error is not None and not found:
+            frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+            found = [each for each in reversed(frames) if isinstance(each, keras.Layer) and id(each) in paths]
             error = error.__cause__ or error.__context__
-        return found
+        # What a layer of the user's hands to one of Keras's is the user's doing.
+        foreign = [layer for layer in dict.fromkeys(found) if is_foreign(layer)]
+        return foreign or list(dict.fromkeys(found))
 
 
 def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
@@ -428,57 +500,12 @@ def _symbolic_outputs(model: keras.Model) -> list[Any]:
         return []
 
 
-def _narrow_answers(model: keras.Model, shapes: Any) -> int | None:
-    """How many outputs of a model are 16-bit floats; None where the model cannot tell without data."""
-    if not shapes:
-        return None
-    arguments = {"inputs": shapes["input_shape"]} if "input_shape" in shapes else shapes["shapes_dict"]
-    try:
-        symbols = [keras.tree.map_shape_structure(keras.KerasTensor, shape) for shape in arguments.values()]
-        if "input_shape" in shapes:
-            answers = model.compute_output_spec(*symbols)
-        else:
-            answers = model.compute_output_spec(
-                **{name.removesuffix("_shape"): symbol for name, symbol in zip(arguments, symbols, strict=True)}
-            )
-    except Exception:  # what a model of the user's raises for inputs that it does not expect
-        return None
-    return sum(map(_is_narrow, keras.tree.flatten(answers)))
-
-
-def _is_narrow(tensor: Any) -> bool:
-    return hasattr(tensor, "dtype") and keras.backend.standardize_dtype(tensor.dtype) in _NARROW
-
-
 def _what_it_says(error: Exception) -> str:
     """The kind of an error and what it says, without what Keras puts around it."""
     lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in str(error).splitlines()]
     wrappings = ("Exception encountered when calling", "Could not automatically infer")
     lines = [line for line in lines if line and not line.startswith(wrappings)]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _warn(converted: keras.Model, wanted: keras.DTypePolicy, left: Mapping[type, str]) -> None:
-    messages = []
-    for cls, reason in left.items():
-        paths = [path for path, layer in backend.layers_by_path(converted).items() if type(layer) is cls]
-        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        messages.append(
-            f"{cls.__name__} fails in {wanted.compute_dtype}, so {paths[0]!r}{others} is left in float32. {reason} "
-            "What a layer makes itself should be of its compute dtype, as keras.ops.ones(shape, "
-            "dtype=self.compute_dtype), and within its range."
-        )
-    if _narrow_answers(converted, converted.get_build_config()) and not _symbolic_outputs(converted):
-        messages.append(
-            f"An output of {converted.name!r} is still a 16-bit float, for no layer makes it. Cast it in `call`: "
-            'keras.ops.cast(output, "float32").'
-        )
-    if isinstance(wanted, PolicyMap):
-        for pattern, close in wanted.unmatched(converted).items():
-            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-            messages.append(f"The pattern {pattern!r} matches no layer of {converted.name!r}.{hint}")
-    for message in messages:
-        warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
 
 
 def _warn_of_slow_convolutions(model: keras.Model) -> None:

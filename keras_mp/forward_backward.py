@@ -174,7 +174,7 @@ class ForwardBackward:
             _State(zip(variables, own, strict=True), trainable, tape) as state,
             backend.share_of_batch(share, total_of),
         ):
-            outputs = backend.call(model, x, training)
+            outputs = backend.call(model, x, training=training)
             if not only_outputs:
                 loss = backend.compute_loss(model, x, y, outputs, sample_weight, training)
                 loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)

@@ -15,13 +15,16 @@ import keras
 
 from keras_mp import backend, hardware
 from keras_mp.errors import KerasMPWarning, PolicyError
+from keras_mp.policy_map import PolicyMap
 from keras_mp.product_times import ProductTimes
 
 __all__ = [
     "advice",
     "chosen_policy",
     "compute_dtypes",
+    "named_policy",
     "needs_loss_scaling",
+    "policies_in",
     "policy_scope",
     "preprocessing_scope",
     "set_policy",
@@ -88,14 +91,14 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     """
     automatic = isinstance(policy, str) and policy == "auto"
     wanted = _resolve(hardware.in_use().recommended_policy if automatic else policy)
-    dtypes = {dtype for each in _members(wanted) for dtype in (each.compute_dtype, each.variable_dtype)}
+    dtypes = {dtype for each in policies_in(wanted) for dtype in (each.compute_dtype, each.variable_dtype)}
     if dtypes.isdisjoint(_STEP):  # nothing to be said of it, so no product need be timed
         return wanted
     here = hardware.in_use()
     if not automatic:
         for message in advice(wanted, here, call=call):
             warnings.warn(message, KerasMPWarning, stacklevel=stacklevel())
-    if not hardware.fusion_is_safe({each.compute_dtype for each in _members(wanted)}, here):
+    if not hardware.fusion_is_safe({each.compute_dtype for each in policies_in(wanted)}, here):
         backend.set_remapper(False)
     return wanted
 
@@ -211,17 +214,31 @@ def _resolve(policy: object) -> keras.DTypePolicy:
             f"Expected the name of a dtype policy or a keras.DTypePolicy, received {policy!r} of type "
             f"{type(policy).__name__}. {_allowed()}"
         )
-    for each in _members(found):
+    for each in policies_in(found):
         if each.compute_dtype not in _FLOATS or each.variable_dtype not in _FLOATS:
             raise _unknown(each.name)
     return found
 
 
-def _members(policy: keras.DTypePolicy) -> list[keras.DTypePolicy]:
+def policies_in(policy: keras.DTypePolicy) -> list[keras.DTypePolicy]:
     """Every policy that a layer can get from this one: itself, or a map's default and entries."""
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return [policy.default_policy, *policy.values()]
     return [policy]
+
+
+def named_policy(policy: keras.DTypePolicy, path: str) -> tuple[keras.DTypePolicy, bool]:
+    """The policy of the layer at a path, and whether a pattern of a map names it.
+
+    Args:
+        policy: a policy, or a map of them.
+        path: the names from the model down to the layer, joined by "/".
+    """
+    if isinstance(policy, PolicyMap):
+        return policy[path], policy.names(path)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return policy[path], policy[path] != policy.default_policy
+    return policy, False
 
 
 def _unknown(name: str) -> PolicyError:
@@ -267,7 +284,7 @@ def advice(
     []
     """
     messages = []
-    for each in {member.name: member for member in _members(policy)}.values():
+    for each in {member.name: member for member in policies_in(policy)}.values():
         typed = f"keras_mp.{call}"
         given = call.format(f'"{each.name}"')
         if each is not policy:

@@ -137,6 +137,15 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
             if not any(pattern in self._matching(path) for path in paths)
         }
 
+    def names(self, path: str) -> bool:
+        """Whether a pattern decides for a path, and not the default.
+
+        Args:
+            path: that of a layer.
+        """
+        parts = path.split("/")
+        return any(self._matching("/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
+
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal map."""
         serialize = keras.dtype_policies.serialize

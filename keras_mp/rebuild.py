@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.errors import ConversionError
+from keras_mp.inserted import cast_losses, cast_outputs, inserted_attributes
 
 __all__ = ["Choice", "Rebuild"]
 
@@ -43,11 +44,15 @@ class Choice:
         cls: the class, which takes the configuration of the layer that it replaces and has the same weights.
         policy: the dtype policy.
         arguments: what to change in the configuration.
+        output_dtype: the dtype that the outputs are cast to, or None for the layer's own.
+        float32_losses: whether the losses that the layer adds are cast to float32.
     """
 
     cls: type[keras.Layer]
     policy: keras.DTypePolicy
     arguments: dict[str, Any] = field(default_factory=dict)
+    output_dtype: str | None = None
+    float32_losses: bool = False
 
 
 class Rebuild:
@@ -57,6 +62,8 @@ class Rebuild:
         choose: from a layer and its path to what it becomes, or None to leave it out (a layer of one input and one
             output). A layer that is used in several places is asked for once.
         finish_outputs: from the symbolic outputs of a Functional model to those that take their place.
+        choose_operation: from an operation of a Functional model's graph, its copy and the arguments of its call to
+            what takes its place.
 
     Attributes:
         paths: the path of each layer of the copy, by the layer's `id`.
@@ -69,11 +76,12 @@ class Rebuild:
         self,
         choose: Callable[[keras.Layer, str], Choice | None],
         finish_outputs: Callable[[Any], Any] = lambda outputs: outputs,
+        choose_operation: Callable[[Any, Any, Any, Any], Any] = lambda operation, copy, args, kwargs: copy,
     ) -> None:
         self.paths: dict[int, str] = {}
         self.variables: dict[int, keras.Variable] = {}
         self.optimizers: list[tuple[keras.Model, str, keras.optimizers.Optimizer]] = []
-        self._choose, self._finish_outputs = choose, finish_outputs
+        self._choose, self._finish_outputs, self._choose_operation = choose, finish_outputs, choose_operation
         self.copies: dict[int, Any] = {}
         self._unpaired: list[tuple[keras.Layer, keras.Layer]] = []
         self._scope: list[str] = []
@@ -104,6 +112,10 @@ class Rebuild:
                 copy = self._from_configuration(layer, path, choice)
             if copy is None:
                 copy = self._by_attributes(layer, path, choice, root)
+        if choice.output_dtype is not None:
+            cast_outputs(copy, choice.output_dtype)
+        if choice.float32_losses:
+            cast_losses(copy)
         self.copies[id(layer)] = copy
         self.paths[id(copy)] = path
         return copy
@@ -177,7 +189,7 @@ class Rebuild:
         return copy
 
     def _copy_attributes(self, layer: keras.Layer, copy: keras.Layer, path: str) -> None:
-        of_keras, untracked = set(vars(copy)), _untracked(layer)
+        of_keras, untracked = set(vars(copy)) | inserted_attributes(layer), _untracked(layer)
         for name, value in vars(layer).items():
             if name in _kept_by_libraries():
                 continue
@@ -208,15 +220,16 @@ class Rebuild:
         inputs = keras.tree.map_structure(_input_like, model.input)
         operations: dict[int, Any] = {}
 
-        def operation_of(operation: Any) -> Any:
+        def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(operation, keras.Layer):
                 copied = self._copied(operation, f"{path}/{operation.name}")
-                return _same if copied is None else copied
+                return (_same if copied is None else copied)(*args, **kwargs)
             if id(operation) not in operations:
-                operations[id(operation)] = _copied_operation(operation)
-            return operations[id(operation)]
+                copied = _copied_operation(operation)
+                operations[id(operation)] = self._choose_operation(operation, copied, args, kwargs)
+            return operations[id(operation)](*args, **kwargs)
 
-        outputs = backend.run_through_graph(model, inputs, operation_of, lambda op, *args, **kw: op(*args, **kw))
+        outputs = backend.run_through_graph(model, inputs, lambda operation: operation, call)
         if root:
             outputs = self._finish_outputs(outputs)
         copy = _unmade(type(model))

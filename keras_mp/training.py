@@ -21,6 +21,7 @@ from keras_mp.errors import (
     WorkerLostError,
 )
 from keras_mp.forward_backward import ForwardBackward, Pass
+from keras_mp.inserted import widen_penalties
 from keras_mp.optimizer import LossScaleOptimizer
 from keras_mp.policy import stacklevel
 
@@ -422,6 +423,7 @@ class Model(keras.Model):
         unbuilt = [each for each in (self._compile_loss, self._compile_metrics) if each is not None and not each.built]
         if (unbuilt and y is not None) or not all(layer.built for layer in self._flatten_layers()):
             distribution.once_for_all_replicas(lambda: backend.build(self, (x, y, sample_weight)), [])
+        widen_penalties(self._flatten_layers())
 
     def _aggregate_additional_loss(self, loss: Any) -> Any:
         # Keras adds float16 losses of layers to a float32 loss, which TensorFlow refuses.

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.convert import OutputCast, duplicate
+from keras_mp.convert import duplicate
 from keras_mp.errors import ConversionError, KerasMPWarning, PolicyError
+from keras_mp.inserted import OutputCast
 
 layers = keras.layers
 MIXED = ("mixed_bfloat16", "mixed_float16")
@@ -576,11 +577,12 @@ class Doubling(keras.layers.Layer):
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": "float32", "activity_regularizer": None}])
 def test_a_layer_without_a_configuration_of_its_own_is_saved_after_it_was_converted(tmp_path, arguments):
-    model = keras.Sequential([keras.Input((4,)), Doubling(**arguments), keras.layers.Dense(2)])
+    made = [keras.layers.Dense(4), Doubling(**arguments), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((4,)), *made])
     mixed = keras_mp.convert(model, "mixed_bfloat16")
     mixed.save(tmp_path / "mixed.keras")
     loaded = keras_mp.load_model(tmp_path / "mixed.keras")
-    assert loaded.layers[0].compute_dtype == "bfloat16"
+    assert loaded.layers[1].compute_dtype == "bfloat16"
     x = normal(3, 4)
     np.testing.assert_array_equal(loaded(x), mixed(x))
 
@@ -591,10 +593,10 @@ def add(x, k=1):
 
 def test_lambda_layers_need_no_trust_in_memory():
     lambdas = [keras.layers.Lambda(lambda x: x * 2), keras.layers.Lambda(add, arguments={"k": 3}, output_shape=(4,))]
-    model = keras.Sequential([keras.Input((4,)), *lambdas, keras.layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), *lambdas, keras.layers.Dense(2)])
     x = normal(3, 4)
     mixed = keras_mp.convert(model, "mixed_bfloat16")
-    assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 3
+    assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 4
     np.testing.assert_allclose(mixed(x), model(x), atol=2e-2 * np.abs(model(x)).max())  # bfloat16's roundings
     np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(x), model(x))
 
