@@ -297,26 +297,21 @@ class _Reading:
         for node in reversed(self.nodes):
             live = [each for each in node.consumers if each.live]
             node.live = node.is_output or bool(live)
-            node.tail = node.live and not node.computing and all(each.tail for each in live)
-            node.leads_to_ids = self.reads_ids(node) or any(
-                each.leads_to_ids and not each.computing for each in node.consumers
+            node.tail = node.live and not node.computing and all(self.ends(each) for each in live)
+            node.leads_to_ids = any(
+                self.takes_ids(each) or (each.leads_to_ids and not each.computing) for each in node.consumers
             )
 
-    def reads_ids(self, node: _Node) -> bool:
-        """Whether a node takes floats for integers, or has them looked up, among what it is given."""
-        for consumer in node.consumers:
-            if consumer.unit is not None:
-                if isinstance(consumer.unit.operation, (keras.layers.Embedding, *_data_layers())):
-                    return True
-                if self.takes_ids(consumer):
-                    return True
-            elif _to_integer(consumer.operations[0]):
-                return True
-        return False
+    def ends(self, node: _Node) -> bool:
+        """Whether nothing computes behind a node that takes what it is given as it is."""
+        return node.tail or self.takes_ids(node)
 
     def takes_ids(self, node: _Node) -> bool:
-        """Whether the code of a layer takes the floats that it is given for integers."""
-        assert node.unit is not None
+        """Whether a node takes the floats that it is given for integers, or looks them up."""
+        if node.unit is None:
+            return _to_integer(node.operations[0])
+        if isinstance(node.unit.operation, (keras.layers.Embedding, *_data_layers())):
+            return True
         if not is_foreign(node.unit.operation):
             return False
         names = {each.name for each in node.inputs}
@@ -368,7 +363,8 @@ class _Reading:
         elif any(each.dtype.is_floating for each in raw) and backend.inner_layers(layer):
             flow.raw_inputs.add(id(layer))
         if node in self.answers[0]:
-            flow.last.add(id(layer))
+            # Ids are to be computed exactly, and an answer only summed so.
+            (flow.exact if node.leads_to_ids else flow.last).add(id(layer))
 
     @functools.cached_property
     def answers(self) -> tuple[set[_Node], set[_Node]]:
@@ -380,7 +376,10 @@ class _Reading:
         candidates = {
             node
             for node in self.nodes
-            if node.unit and node.computing and node.live and all(each.tail for each in node.consumers if each.live)
+            if node.unit
+            and node.computing
+            and node.live
+            and all(self.ends(each) for each in node.consumers if each.live)
         }
         narrow: set[_Node] = set()
         while True:
@@ -414,7 +413,7 @@ class _Reading:
             makers = [self.makers[each.name] for each in unit.arguments if each.name in self.makers]
             computed = any(maker.computed for maker in makers)
             consumers = [each for maker in makers for each in maker.consumers if each.live]
-            tail = bool(makers) and all(each.tail for each in consumers)
+            tail = bool(makers) and all(self.ends(each) for each in consumers)
             if (not computed or tail) and not isinstance(unit.operation, _data_layers()):
                 flow.exact.add(id(unit.operation))
 
@@ -501,7 +500,10 @@ def _is_whole(layer: Any) -> bool:
 
 
 def _to_integer(operation: Any) -> bool:
-    return operation.type == "Cast" and operation.inputs[0].dtype.is_floating and operation.outputs[0].dtype.is_integer
+    kind, inputs = operation.type, operation.inputs
+    if not inputs or not inputs[0].dtype.is_floating:
+        return False
+    return kind in ("ArgMax", "ArgMin") or (kind == "Cast" and operation.outputs[0].dtype.is_integer)
 
 
 def _computes(operation: Any) -> bool:
