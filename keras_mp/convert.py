@@ -198,9 +198,10 @@ class _Conversion:
         rounded = [path for path in attempt.rounded if path in by_path]
         if rounded:
             messages.append(
-                f"The code of {type(by_path[rounded[0]]).__name__} ({rounded[0]!r}) adds up numbers from outside and "
-                "16-bit ones, so its float inputs are rounded before it sees them. Ids, times and positions among them "
-                "should be integers, or be cast where they are added: keras.ops.cast(x, self.compute_dtype)."
+                f"The code of {type(by_path[rounded[0]]).__name__} ({rounded[0]!r}) computes with inputs of the model "
+                "and with 16-bit activations, so its float inputs are rounded before it sees them. Ids, times and "
+                "positions among them should be integers, or be cast where they meet activations: keras.ops.cast(x, "
+                "self.compute_dtype)."
             )
         if any(map(is_narrow, outputs)):
             messages.append(
@@ -286,15 +287,16 @@ class _Attempt:
         flow = self.conversion.flow
         if flow is None or layer.quantization_mode is not None:
             return Choice(cls, policy, arguments)
-        around = self.policy_around(path)
         output_dtype = None
-        if policy.compute_dtype == "float32" and around in _NARROW and id(layer) in flow.mixing:
-            output_dtype = around
+        if policy.compute_dtype == "float32" and self.meets_16_bits(layer, path):
+            output_dtype = self.dtype_around(path)
         if narrow and id(layer) in flow.raw_inputs and cls is type(layer):
             if type(layer) in self.conversion.plain:
                 self.rounded.append(path)
             else:
                 policy = UncastInputs(policy.name)
+        elif narrow and id(layer) in flow.rounded:
+            self.rounded.append(path)
         return Choice(cls, policy, arguments, output_dtype, narrow and id(layer) in flow.losses)
 
     def policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
@@ -344,12 +346,19 @@ class _Attempt:
         found = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
         return [self.layers_by_path[each] for each in found if each in self.layers_by_path]
 
-    def policy_around(self, path: str) -> str:
+    def meets_16_bits(self, layer: keras.Layer, path: str) -> bool:
+        """Whether the code that calls a layer, which is in float32, expects its output to be of 16 bits."""
+        flow, holders = self.conversion.flow, self.holders(path)
+        if not holders or self.dtype_around(path) not in _NARROW:
+            return False
+        if id(layer) in flow.mixing or id(layer) in flow.own_code:
+            return True
+        return is_foreign(holders[0]) and self.conversion.is_left(layer, path)
+
+    def dtype_around(self, path: str) -> str:
         """The compute dtype of the code that a layer is called in."""
         outer = "/".join(path.split("/")[:-1])
-        if not outer or self.is_in_float32(outer):
-            return "float32"
-        return named_policy(self.wanted, outer)[0].compute_dtype
+        return "float32" if self.is_in_float32(outer) else named_policy(self.wanted, outer)[0].compute_dtype
 
     def choose_operation(self, operation: Any, copy: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(copy, Float32Operation):

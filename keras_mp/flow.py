@@ -8,6 +8,7 @@ operations, and each layer is asked what reaches it and where its output goes.
 """
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ class Flow:
         counting: those of them that count by themselves and whose output goes on among activations.
         last: layers that compute and behind which nothing else does, before the model's outputs.
         raw_inputs: layers that hand inputs of the model on to others as they are, and must not round them at the door.
+        rounded: layers that should do so, and have activations among their inputs as well.
         own_code: layers that hold layers, and whose own code counts.
         mixing: layers whose output meets that of others in the code of a layer that holds both.
         tail: operations of a Functional model behind the last computing layer.
@@ -81,6 +83,7 @@ class Flow:
     counting: set[int] = field(default_factory=set)
     last: set[int] = field(default_factory=set)
     raw_inputs: set[int] = field(default_factory=set)
+    rounded: set[int] = field(default_factory=set)
     own_code: set[int] = field(default_factory=set)
     mixing: set[int] = field(default_factory=set)
     tail: set[int] = field(default_factory=set)
@@ -166,7 +169,13 @@ def trace(model: keras.Model, specs: Specs, training: bool, running: list[Any] |
         if open_calls and open_calls[-1].operation is layer:
             open_calls[-1].adds_losses = True
 
-    with graph.as_default(), keras.StatelessScope(), backend.watched_calls(begins, ends, fails, adds_loss):
+    with (
+        warnings.catch_warnings(),
+        graph.as_default(),
+        keras.StatelessScope(),
+        backend.watched_calls(begins, ends, fails, adds_loss),
+    ):
+        warnings.filterwarnings("ignore", module="keras")  # what Keras says of a model, it says when that is called
         args, kwargs = keras.tree.map_structure(backend.placeholder, specs)
         outputs = backend.call(model, *args, training=training, **kwargs)
     return Traced(graph, _tensors((args, kwargs)), calls, _tensors(outputs))
@@ -287,7 +296,12 @@ class _Reading:
             node.raw = counts or any(output.name in sources for output in first.outputs)
             if not structure:
                 makers = [self.makers[each.name] for each in node.inputs if each.name in self.makers]
-                node.raw = node.raw or any(maker.raw for maker in makers)
+                table = self.makers.get(first.inputs[0].name) if "Gather" in first.type else None
+                if node.unit is None and table is not None and not (table.raw or table.computed):
+                    node.computing = True  # it looks weights up, as an embedding does
+                # A truth value is right in any dtype, and so is the mask that is made of it.
+                truth = node.unit is None and bool(first.outputs) and first.outputs[0].dtype.is_bool
+                node.raw = node.raw or (not truth and any(maker.raw for maker in makers))
                 node.computed = node.computing or any(maker.computed for maker in makers)
                 for maker in makers:
                     maker.consumers.add(node)
@@ -449,18 +463,16 @@ class _Reading:
 
     def read_container(self, call: Call, flow: Flow) -> None:
         layer = call.operation
-        raw_doors = [
-            each
-            for each in call.arguments
-            if each.dtype.is_floating and each.name in self.makers
-            if self.makers[each.name].raw and not self.makers[each.name].computed
+        doors = [
+            self.makers[each.name] for each in call.arguments if each.dtype.is_floating and each.name in self.makers
         ]
         inside = [node for node in self.nodes if call.first <= node.place < call.last]
         # What stands in its own code and not in that of a layer inside it.
         inner = [each for each in self.traced.calls if each.parent is call]
         own = [node for node in inside if not any(each.first <= node.place < each.last for each in inner)]
-        if raw_doors and any(self.wants_raw(node, flow) for node in inside):
-            flow.raw_inputs.add(id(layer))
+        if any(door.raw and not door.computed for door in doors) and any(self.wants_raw(each, flow) for each in inside):
+            # Activations that come in as well must be cast at the door: nobody could tell which are which.
+            (flow.rounded if any(door.computed for door in doors) else flow.raw_inputs).add(id(layer))
         operations = [operation for node in own if node.unit is None for operation in node.operations]
         if is_foreign(layer) and _counts(operations):
             flow.own_code.add(id(layer))
