@@ -79,7 +79,8 @@ def export_converted(
     rows = graph.rows(batch)
     with layout.unfinished(path.parent) as scratch:
         made = scratch / path.name
-        _convert(graph, made, format, weights)
+        with layout.writing(path):
+            _convert(graph, made, format, weights)
         if verify:
             _verify(graph, made, rows, weights, lambda probe, limit: _probed(traced, probe, made, weights, rows, limit))
         with layout.writing(path):
@@ -107,13 +108,11 @@ def _verify(
 
 def _convert(graph: Graph, made: pathlib.Path, format: str, weights: str) -> None:
     saved_model = made.parent / "saved_model"
-    with layout.writing(made):
-        saved_model.mkdir(exist_ok=True)
-        graph.save(saved_model)
+    saved_model.mkdir()
+    graph.save(saved_model)
     if format == "litert":
-        content = _litert(saved_model, made)
-        with layout.writing(made):
-            made.write_bytes(content if weights == "float32" else halved(content))
+        content = _litert(saved_model)
+        made.write_bytes(content if weights == "float32" else halved(content))
     else:
         without_erfc(saved_model)
         _onnx(saved_model, made)
@@ -141,7 +140,7 @@ def _probed(
         given = {info.name: array for info, array in named.items()}
         _convert(graph, file, "onnx" if runtime == "onnxruntime" else "litert", weights)
         found, expected = runtimes.run_file(file, given), graph.expected("serving_default", given)
-    except (ExportError, ValueError, TypeError):
+    except (ExportError, OSError, ValueError, TypeError):
         return f"{said}."  # of some layer the format holds no output
     for (layer, _), name in zip(outputs, graph.own_outputs["serving_default"], strict=True):
         if not measure(found[name], expected[name]).relative_error <= limit:
@@ -157,13 +156,13 @@ def _outputs_of(layer: keras.Layer) -> list[keras.KerasTensor]:
     return [tensor for tensor in tensors if tensor.dtype in ("float16", "bfloat16", "float32")]
 
 
-def _litert(saved_model: pathlib.Path, made: pathlib.Path) -> bytes:
+def _litert(saved_model: pathlib.Path) -> bytes:
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=["serving_default"])
     try:
         return bytes(converter.convert())
     except Exception as error:
         text = str(error).strip()
-        layout.refuse_full_disk(text, made)
+        layout.refuse_full_disk(text)
         raise ExportError(
             f"TensorFlow Lite cannot convert the model: {text[:1000]}. What it has no operation for, such as a lookup "
             "of strings, belongs before the model."
@@ -176,9 +175,9 @@ def _onnx(saved_model: pathlib.Path, file: pathlib.Path) -> None:
     command = [sys.executable, "-m", "tf2onnx.convert", "--saved-model", str(saved_model), "--output", str(file)]
     command += ["--opset", str(_OPSET), "--signature_def", "serving_default", "--tag", "serve"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with layout.writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     # It also exits with 0 where it has written what nothing can load.
     if run.returncode != 0 or not file.is_file():
-        layout.refuse_full_disk(run.stderr, file)
+        layout.refuse_full_disk(run.stderr)
         raise ExportError(f"tf2onnx cannot convert the model:\n{run.stderr.strip()[-2000:]}")

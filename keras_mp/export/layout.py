@@ -174,26 +174,25 @@ def writing(path: "pathlib.Path | str") -> Iterator[None]:
     except _PROBLEMS as error:
         own = error.strerror if isinstance(error, OSError) else None
         reason = own or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason.rpartition("}} ")[2]  # TensorFlow's name for the node
         raise ExportWriteError(
             f"{str(path)!r} could not be written: {reason}. No version was published, and nothing half-written was "
             "left. Free space there, or name a folder that may be written to."
         ) from error
 
 
-def refuse_full_disk(said: str, path: "pathlib.Path | str") -> None:
+def refuse_full_disk(said: str) -> None:
     """Raises where another program failed for want of space.
 
     Args:
         said: what it said.
-        path: what was to be written.
 
     Raises:
-        ExportWriteError: as `writing` does.
+        OSError: as the system would have raised it here.
     """
-    full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(number) in said]
-    if full:
-        with writing(path):
-            raise OSError(errno.ENOSPC, full[0])
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number) in said:
+            raise OSError(number, os.strerror(number))
 
 
 def replace(path: pathlib.Path, target: pathlib.Path) -> None:

@@ -60,8 +60,10 @@ def staged(
     if isinstance(place, pathlib.Path):
         yield place, lambda written: written
         return
+    with writing(place):
+        there = tf.io.gfile.exists(place)  # says where a server is not reached, as a list of files does not
     if not file:
-        _check_folder(place)
+        _check_folder(place, there)
     with writing(tempfile.gettempdir()):
         folder = pathlib.Path(tempfile.mkdtemp(prefix="keras-mp-"))
     try:
@@ -126,17 +128,16 @@ def _place(path: "str | os.PathLike[str]") -> Place:
     return url
 
 
-def _check_folder(url: str) -> None:
+def _check_folder(url: str, there: bool) -> None:
     """Refuses what `layout.check_folder` does, but for a version that is not whole: another process may write it."""
-    name = url.rsplit("/", 1)[1]
-    if name.isdecimal():
+    if url.rsplit("/", 1)[1].isdecimal():
         raise ExportError(
             f"The last part of {url!r} is a number, and a server takes it for a version. Name the model's folder; the "
             "version is chosen by the export."
         )
+    if not there:
+        return
     with writing(url):
-        if not tf.io.gfile.exists(url):  # which says where a server is not reached, as a list does not
-            return
         if not tf.io.gfile.isdir(url):
             raise ExportError(f"{url!r} is a file. Name a folder of the model's own, such as {f'{url}_versions'!r}.")
         others = sorted(name for name in _list(url) if not is_litter(name) and not name.isdecimal())

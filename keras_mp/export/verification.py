@@ -115,9 +115,15 @@ def verify_export(
     >>> keras_mp.verify_export(path, model, tf.ones((2, 4))).outputs["score"].shape
     (2, 1)
     """
+    if not is_url(path):
+        with fetched(path) as local:
+            return _verify(local, model, batch, tolerance)
     with fetched(path) as local:
-        report = _verify(local, model, batch, tolerance)
-    return dataclasses.replace(report, path=os.fspath(path)) if is_url(path) else report
+        try:
+            report = _verify(local, model, batch, tolerance)
+        except ExportError as error:
+            raise type(error)(str(error).replace(str(local), os.fspath(path))) from error
+    return dataclasses.replace(report, path=os.fspath(path))
 
 
 def _verify(path: pathlib.Path, model: keras.Model | None, batch: Any, tolerance: float | None) -> ExportReport:
@@ -313,7 +319,7 @@ def run_alone(
             command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False
         )
         if run.returncode != 0:
-            refuse_full_disk(run.stderr, scratch)
+            refuse_full_disk(run.stderr)
             raise ExportError(f"The export at {str(path)!r} does not run without Keras:\n{run.stderr.strip()[-2000:]}")
         facts = json.loads((scratch / "facts.json").read_text())
         return [
