@@ -16,10 +16,10 @@ from keras_mp.errors import ExportError
 from keras_mp.export import layout, runtimes
 from keras_mp.export.comparison import measure
 from keras_mp.export.graph import Graph, trace
-from keras_mp.export.halving import halved
+from keras_mp.export.halving import halve_onnx, halved_litert
 from keras_mp.export.judgement import judge
 from keras_mp.export.operations import without_erfc
-from keras_mp.export.precision import narrow_dtypes
+from keras_mp.export.precision import half_of, narrow_dtypes
 from keras_mp.export.signature import Names
 
 __all__ = ["export_converted"]
@@ -72,17 +72,20 @@ def export_converted(
         runtimes.require_onnx("tf2onnx", "onnxruntime")
 
     def traced(models: Mapping[str, keras.Model], names: tuple[Names, Names] = (None, None)) -> Graph:
-        # The weights of TensorFlow Lite are made smaller in the file.
-        return trace(models, "mixed" if narrow else "float32", "float32" if format == "litert" else weights, names)
+        # Weights are made smaller in the file: a converter would make float32 constants of them again.
+        return trace(models, "mixed" if narrow else "float32", "float32", names)
 
+    half = half_of(weights, model)
+    if half and format == "litert":
+        half = "float16"  # the only one that it has
     graph = traced(models, names)
     rows = graph.rows(batch)
     with layout.unfinished(path.parent) as scratch:
         made = scratch / path.name
         with layout.writing(path):
-            _convert(graph, made, format, weights)
+            _convert(graph, made, half)
         if verify:
-            _verify(graph, made, rows, weights, lambda probe, limit: _probed(traced, probe, made, weights, rows, limit))
+            _verify(graph, made, rows, half, lambda probe, limit: _probed(traced, probe, made, half, rows, limit))
         with layout.writing(path):
             layout.replace(made, path)
     return path
@@ -92,13 +95,13 @@ def _verify(
     graph: Graph,
     made: pathlib.Path,
     rows: Mapping[str, Mapping[str, np.ndarray]],
-    weights: str,
+    half: str | None,
     probed: Callable[[keras.Model, float], str],
 ) -> None:
     """Runs a file and compares it with the model; `probed` says where its runtime is the first to differ."""
     _, expected = graph.run(rows)
     found = {"serving_default": runtimes.run_file(made, rows["serving_default"])}
-    dtypes = graph.trained_dtypes | ({"float16"} if weights != "float32" else set())
+    dtypes = graph.trained_dtypes | ({half} if half else set())
 
     def cause(signature: str, limit: float) -> str:
         return graph.origin(signature, rows[signature], limit) or probed(graph.models[signature], limit)
@@ -106,23 +109,26 @@ def _verify(
     judge(graph, found, expected, dtypes, cause, refuse=True)
 
 
-def _convert(graph: Graph, made: pathlib.Path, format: str, weights: str) -> None:
+def _convert(graph: Graph, made: pathlib.Path, half: str | None) -> None:
+    """Writes the file in the format of its suffix."""
     saved_model = made.parent / "saved_model"
     saved_model.mkdir()
     graph.save(saved_model)
-    if format == "litert":
+    if made.suffix == runtimes.SUFFIXES["litert"]:
         content = _litert(saved_model)
-        made.write_bytes(content if weights == "float32" else halved(content))
+        made.write_bytes(halved_litert(content) if half else content)
     else:
         without_erfc(saved_model)
         _onnx(saved_model, made)
+        if half:
+            halve_onnx(made, half)
 
 
 def _probed(
     traced: Callable[[Mapping[str, keras.Model]], Graph],
     model: keras.Model,
     made: pathlib.Path,
-    weights: str,
+    half: str | None,
     rows: Mapping[str, Mapping[str, np.ndarray]],
     limit: float,
 ) -> str:
@@ -138,7 +144,7 @@ def _probed(
         graph = traced({"serving_default": probe})
         named = dict(zip(graph.signatures["serving_default"].inputs, rows["serving_default"].values(), strict=True))
         given = {info.name: array for info, array in named.items()}
-        _convert(graph, file, "onnx" if runtime == "onnxruntime" else "litert", weights)
+        _convert(graph, file, half)
         found, expected = runtimes.run_file(file, given), graph.expected("serving_default", given)
     except (ExportError, OSError, ValueError, TypeError):
         return f"{said}."  # of some layer the format holds no output

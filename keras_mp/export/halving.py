@@ -1,20 +1,51 @@
-"""TensorFlow Lite files whose larger constants are stored in float16.
+"""TensorFlow Lite and ONNX files whose larger constants are stored in 16 bits.
 
 TensorFlow Lite's own pass makes every constant float16. It clamps what is larger than 65504, and makes tiny numbers 0,
-such as the epsilon of a division.
+such as the epsilon of a division. tf2onnx makes float32 constants of 16-bit ones that are cast.
 """
 
+import pathlib
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from keras_mp import backend
 from keras_mp.export.precision import holds
 
-__all__ = ["halved"]
+__all__ = ["halve_onnx", "halved_litert"]
 
 
-def halved(content: bytes) -> bytes:
+def halve_onnx(file: pathlib.Path, dtype: str) -> None:
+    """Stores float32 weights of two axes and more, as far as 16 bits hold them, in these, with a cast to float32.
+
+    Args:
+        file: an ONNX file, which is changed.
+        dtype: "float16" or "bfloat16".
+    """
+    import onnx
+
+    model = onnx.load(str(file))
+    graph, casts = model.graph, []
+    inputs = {each.name for each in graph.input}
+    kind = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[dtype]
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2 or tensor.name in inputs:
+            continue
+        value = onnx.numpy_helper.to_array(tensor)
+        if not holds(value, dtype):
+            continue
+        stored = value.astype(tf.as_dtype(dtype).as_numpy_dtype).tobytes()
+        wide, narrow = tensor.name, f"{tensor.name}/{dtype}"
+        tensor.CopyFrom(onnx.helper.make_tensor(narrow, kind, tensor.dims, stored, raw=True))
+        casts.append(onnx.helper.make_node("Cast", [narrow], [wide], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(file))
+
+
+def halved_litert(content: bytes) -> bytes:
     """A file with float16 in place of float32 for constants of two axes and more that float16 holds.
 
     An operation DEQUANTIZE makes float32 of each when the file is loaded, as TensorFlow Lite's own pass has it.

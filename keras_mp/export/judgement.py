@@ -60,8 +60,8 @@ def judge(
                     compare(name, got, array, limit, rounding, lambda: "")
                 except ExportError as error:
                     raise ExportError(
-                        f"The export of {graph.models[signature].name!r} differs from the model far beyond rounding, so it was not "
-                        f"published. {str(error).strip()} {cause(signature, rounding) or ADVICE} Where that is what "
+                        f"The export of {graph.models[signature].name!r} differs from the model far beyond rounding, so it "
+                        f"was not published. {str(error).strip()} {cause(signature, rounding) or ADVICE} Where that is what "
                         "you want, type verify=False."
                     ) from error
             report = measure(got, array)
