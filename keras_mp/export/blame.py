@@ -38,7 +38,12 @@ class LayerOutput:
 
 
 def outputs_by_layer(
-    signature: Signature, model: keras.Model, forward: Callable[[Any], Any], rows: Mapping[str, np.ndarray]
+    signature: Signature,
+    model: keras.Model,
+    forward: Callable[[Any], Any],
+    rows: Mapping[str, np.ndarray],
+    *,
+    in_graph: bool = False,
 ) -> list[LayerOutput]:
     """The outputs of all layers, the inner before the outer, in the order of their calls.
 
@@ -47,18 +52,30 @@ def outputs_by_layer(
         model: the model whose layers are watched.
         forward: calls it.
         rows: the inputs by name.
+        in_graph: whether to call it in a graph, as an export is traced; else eagerly.
     """
-    with _watched(model) as found:
-        signature.call(rows, forward)
-    return found
+    calls: list[tuple[keras.Layer, str]] = []
+
+    def outputs() -> list[list[tf.Tensor]]:
+        with _watched(model) as found:
+            signature.call(rows, forward)
+        calls[:] = [(layer, path) for layer, path, _ in found]
+        return [tensors for _, _, tensors in found]
+
+    found = tf.function(outputs, autograph=False)() if in_graph else outputs()
+    return [LayerOutput(*call, [_floats(tensor) for tensor in each]) for call, each in zip(calls, found, strict=True)]
 
 
-def first_nonfinite(found: list[LayerOutput]) -> str | None:
+def first_nonfinite(found: list[LayerOutput], rows: Mapping[str, np.ndarray]) -> str | None:
     """Says which layer is the first that returned NaN or an infinity; None where none did.
 
     Args:
         found: as `outputs_by_layer` returned it.
+        rows: the inputs by name.
     """
+    for name, array in rows.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            return f"input {name!r} is given NaN or infinite values"
     for each in found:
         if not all(np.isfinite(array).all() for array in each.arrays):
             what = "NaN" if any(np.isnan(array).any() for array in each.arrays) else "an infinite value"
@@ -84,13 +101,13 @@ def first_difference(expected: list[LayerOutput], found: list[LayerOutput], limi
             continue
         other = calls[each.path].pop(0)
         if [array.shape for array in each.arrays] != [array.shape for array in other.arrays]:
-            return f"{each.name} returns {_shapes(other)} in the export, {_shapes(each)} in the model"
+            continue  # such as one that was called in a loop of the graph
         errors = [measure(*pair).relative_error for pair in zip(other.arrays, each.arrays, strict=True)]
         worst = max(errors, key=lambda error: (np.isnan(error), error), default=0.0)
         if not worst <= limit:
             ours, theirs = other.layer.compute_dtype, each.layer.compute_dtype
-            how = f", which computes in {ours} in the export and in {theirs} in the model" if ours != theirs else ""
-            return f"{each.name}{how} is the first that differs, by {worst:.2g} of its largest value"
+            how = f"; it computes in {ours} in the export, in {theirs} in the model" if ours != theirs else ""
+            return f"{each.name} is the first that differs, by {worst:.2g} of its largest value{how}"
     return None
 
 
@@ -112,19 +129,21 @@ def answers_at_random(signature: Signature, rows: Mapping[str, np.ndarray], limi
 
 
 @contextlib.contextmanager
-def _watched(model: keras.Model) -> Iterator[list[LayerOutput]]:
-    """Notes what the layers of a model return in this thread. Every call of a layer passes `keras.Layer.__call__`."""
+def _watched(model: keras.Model) -> Iterator[list[tuple[keras.Layer, str, list[tf.Tensor]]]]:
+    """Notes the floats that layers of a model return in this thread: every call passes `keras.Layer.__call__`.
+
+    In a graph those of its own level, for what is inside of a loop has no value outside.
+    """
     layers = backend.layers_by_path(model)
     paths = {id(layer): path.partition("/")[2] for path, layer in layers.items()}
-    found: list[LayerOutput] = []
-    call, thread = keras.Layer.__call__, threading.get_ident()
+    found: list[tuple[keras.Layer, str, list[tf.Tensor]]] = []
+    call, thread, graph = keras.Layer.__call__, threading.get_ident(), _graph()
 
     def watched(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         outputs = call(self, *args, **kwargs)
-        if threading.get_ident() == thread and id(self) in paths and tf.executing_eagerly():
+        if threading.get_ident() == thread and id(self) in paths and _graph() is graph:
             flat = [each for each in keras.tree.flatten(outputs) if isinstance(each, tf.Tensor)]
-            arrays = [_floats(each) for each in flat if each.dtype.is_floating]
-            found.append(LayerOutput(self, paths[id(self)], arrays))
+            found.append((self, paths[id(self)], [each for each in flat if each.dtype.is_floating]))
         return outputs
 
     keras.Layer.__call__ = watched
@@ -141,5 +160,6 @@ def _floats(tensor: Any) -> np.ndarray:
     return tf.cast(tensor, tf.float64 if tensor.dtype == tf.float64 else tf.float32).numpy()
 
 
-def _shapes(output: LayerOutput) -> str:
-    return " and ".join(str(array.shape) for array in output.arrays)
+def _graph() -> Any:
+    """The graph that is being traced, or None."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -107,8 +107,8 @@ def compare(
             f"{cause()}"
         )
     if not np.isfinite(report.largest_error):
-        whose = "the export's" if np.isfinite(expected).all() else "the model's own"
-        raise ExportError(f"Output {name!r}: {whose} is NaN or infinite where the other is not. {cause()}")
+        ours, theirs = ("export", "model") if np.isfinite(expected).all() else ("model itself", "export")
+        raise ExportError(f"Output {name!r} of the {ours} is NaN or infinite where the {theirs}'s is not. {cause()}")
     raise ExportError(
         f"Output {name!r} of the export differs from the model's by {report.largest_error:g}, which is "
         f"{report.relative_error:.2g} of its largest value; rounding explains "

@@ -145,18 +145,18 @@ class Graph:
             return f"Two calls of model {model.name!r} differ: it answers at random."
         computing, forward = self.forwards[signature]
         expected = blame.outputs_by_layer(called, model, functools.partial(model, training=False), arrays)
-        found = blame.outputs_by_layer(called, computing, forward, arrays)
-        nonfinite = blame.first_nonfinite(expected)
+        found = blame.outputs_by_layer(called, computing, forward, arrays, in_graph=True)
+        nonfinite = blame.first_nonfinite(expected, arrays)
         if nonfinite:
             return f"In model {model.name!r} itself {nonfinite}."
-        nonfinite = blame.first_nonfinite(found)
+        nonfinite = blame.first_nonfinite(found, {})
         if nonfinite:
             return f"In the export {nonfinite}."
         differs = blame.first_difference(expected, found, limit)
         if differs is None:
             return None
         stored = f" Weights are stored in {self.half}." if self.half else ""
-        return f"In the order of the calls, {differs}.{stored}"
+        return f"In the order of the calls {differs}.{stored}"
 
     def described(self) -> dict[str, Any]:
         """Names, dtypes and shapes of each signature's tensors, as they can be written in JSON."""

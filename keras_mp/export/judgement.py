@@ -59,10 +59,10 @@ def judge(
                 try:
                     compare(name, got, array, limit, rounding, lambda: "")
                 except ExportError as error:
+                    model, origin = graph.models[signature].name, cause(signature, rounding) or ADVICE
                     raise ExportError(
-                        f"The export of {graph.models[signature].name!r} differs from the model far beyond rounding, so it "
-                        f"was not published. {str(error).strip()} {cause(signature, rounding) or ADVICE} Where that is what "
-                        "you want, type verify=False."
+                        f"The export of {model!r} differs from the model far beyond rounding, so it was not published. "
+                        f"{str(error).strip()} {origin} Where that is what you want, type verify=False."
                     ) from error
             report = measure(got, array)
             errors[signature][name] = {"largest": report.largest_error, "relative": report.relative_error}

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp.errors import ExportError
+from keras_mp.errors import ExportError, KerasMPWarning
 from keras_mp.export.blame import answers_at_random, first_nonfinite, outputs_by_layer
 from keras_mp.export.comparison import ADVICE, OutputReport, compare, limit_of
 from keras_mp.export.graph import trace
@@ -30,6 +30,7 @@ from keras_mp.export.runtimes import SUFFIXES, run_file
 from keras_mp.export.sample import FILE as SAMPLE
 from keras_mp.export.sample import load_arrays, made_up, read_sample, save_arrays
 from keras_mp.export.signature import Signature, as_array, by_name, signature_of, widened
+from keras_mp.policy import stacklevel
 
 __all__ = [
     "Answer",
@@ -180,6 +181,13 @@ def _compared(
         rounding = limit_of(array, {*dtypes, tensor.dtype.name})
         limit = rounding if tolerance is None or not tensor.dtype.is_floating else tolerance
         outputs[name] = compare(name, found[name], array, limit, cause=functools.partial(cause, limit))
+        if tensor.dtype.is_floating and np.isnan(array).any():
+            warnings.warn(
+                f"Output {name!r} of both the export and the model is NaN in {np.isnan(array).mean():.2g} of its "
+                f"values. {cause(limit)}",
+                KerasMPWarning,
+                stacklevel=stacklevel(),
+            )
     return outputs
 
 
@@ -194,7 +202,7 @@ def _cause(
     model = signature.model
     changed = _changed_weights(path, record, model)
     called = outputs_by_layer(signature, model, lambda inputs: model(inputs, training=False), given)
-    nonfinite = first_nonfinite(called)
+    nonfinite = first_nonfinite(called, given)
     if nonfinite:
         since = " The weights are not those that were exported." if changed else ""
         return f"In model {model.name!r} itself {nonfinite}.{since} Give it a batch that it works with, or mend it."
@@ -212,6 +220,12 @@ def _cause(
         graph = trace({"serving_default": model}, record["precision"], record["weights"])
     rows = dict(zip((info.name for info in graph.signatures["serving_default"].inputs), given.values(), strict=True))
     origin = graph.origin("serving_default", rows, limit)
+    narrow = {"float16", "bfloat16"} & {*record["compute_dtypes"]} - narrow_dtypes(model)
+    if origin is None and narrow:
+        return (
+            f"The export computes in {' and '.join(sorted(narrow))}, and this model does not. Compare it with the one "
+            "that was exported, or type export(..., precision='float32')."
+        )
     if origin is None:
         return f"The weights are those that were exported, and the same graph answers like the model here. {ADVICE}"
     return (
