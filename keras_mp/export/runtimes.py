@@ -56,7 +56,7 @@ def _run_litert(file: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> dict[st
         return dict(runner(**inputs))
     except (ValueError, RuntimeError, TypeError) as error:
         raise ExportError(
-            f"TensorFlow Lite cannot run {str(file)!r}: {error}. What it has no operation for belongs before the model."
+            f"TensorFlow Lite cannot run {file.name!r}: {error}. What it has no operation for belongs before the model."
         ) from error
 
 
@@ -71,7 +71,7 @@ def _run_onnx(file: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> dict[str,
         return dict(zip(names, session.run(names, given), strict=True))
     except Exception as error:
         raise ExportError(
-            f"onnxruntime cannot run {str(file)!r}: {error}. What it has no operation for belongs before the model."
+            f"onnxruntime cannot run {file.name!r}: {error}. What it has no operation for belongs before the model."
         ) from error
 
 
