@@ -159,7 +159,9 @@ def _outputs_of(layer: keras.Layer) -> list[keras.KerasTensor]:
         tensors = keras.tree.flatten(layer.output)
     except (AttributeError, ValueError):  # it is called several times
         return []
-    return [tensor for tensor in tensors if tensor.dtype in ("float16", "bfloat16", "float32")]
+    return [
+        tensor for tensor in tensors if tensor.dtype in ("float16", "bfloat16", "float32", "int32", "int64", "bool")
+    ]
 
 
 def _litert(saved_model: pathlib.Path) -> bytes:

@@ -90,7 +90,17 @@ def test_a_full_disk_and_a_killed_export_leave_no_version(tmp_path):
     assert names_in(folder) == ["1"]  # what was left is taken away
 
 
-LITTER = [".DS_Store", "Thumbs.db", "desktop.ini", "._1", ".1.swp", "notes.txt~", "#notes.txt#", "~$notes.docx", "1.bak"]
+LITTER = [
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    "._1",
+    ".1.swp",
+    "notes.txt~",
+    "#notes.txt#",
+    "~$notes.docx",
+    "1.bak",
+]
 
 
 def test_litter_of_desktops_and_editors_stops_no_export_and_no_verification(tmp_path):
@@ -113,9 +123,9 @@ def test_litter_of_desktops_and_editors_stops_no_export_and_no_verification(tmp_
 def test_another_program_that_found_the_disk_full():
     layout = importlib.import_module("keras_mp.export.layout")
     layout.refuse_full_disk("a model of an unknown operation")
-    with pytest.raises(ExportWriteError, match="'m.onnx' could not be written: No space left on device. No version"):
-        with layout.writing("m.onnx"):
-            layout.refuse_full_disk("OSError: [Errno 28] No space left on device: '/tmp/m.onnx'")
+    full = "'m.onnx' could not be written: No space left on device. No version"
+    with pytest.raises(ExportWriteError, match=full), layout.writing("m.onnx"):
+        layout.refuse_full_disk("OSError: [Errno 28] No space left on device: '/tmp/m.onnx'")
 
 
 def test_an_export_in_the_making_is_not_taken_for_one_that_was_killed(tmp_path):
