@@ -64,6 +64,7 @@ __all__ = [
     "without_all_reduce",
     "without_autocast",
     "without_log_lines",
+    "without_remat",
 ]
 
 # What TensorFlow 2.21 writes before it has read TF_CPP_MIN_LOG_LEVEL, so that no setting can silence it.
@@ -764,6 +765,27 @@ def call_before_training(check: Callable[[keras.Model], None]) -> None:
 def saving_to_h5() -> bool:
     """Whether Keras is writing a model to its old HDF5 format now."""
     return bool(_saving_options_flag("use_legacy_config"))
+
+
+# Keras has no public name for what `keras.RematScope` leaves on a layer. Recomputing is for a backward pass, and in a
+# graph Keras's fails for a layer that is called by keywords.
+@contextlib.contextmanager
+def without_remat(model: keras.Model) -> Iterator[None]:
+    """Calls the layers and operations of a model without recomputing anything.
+
+    Args:
+        model: a Keras model.
+    """
+    layers = layers_by_path(model).values()
+    operations = {id(each): each for layer in layers for each in (layer, *getattr(layer, "operations", ()))}
+    modes = {key: vars(each)["_remat_mode"] for key, each in operations.items() if vars(each).get("_remat_mode")}
+    for key in modes:
+        vars(operations[key])["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        for key, mode in modes.items():
+            vars(operations[key])["_remat_mode"] = mode
 
 
 # The classes and the reader of TensorFlow Lite's file format have no public name. They are imported late, for few users

@@ -66,6 +66,19 @@ def test_raise_from_graph_raises_the_very_type_with_its_text():
         assert raised.value.args == (f"x is {x}",)
 
 
+def test_without_remat_leaves_the_scopes_mode_as_it_was():
+    """Rests on `keras.Operation._remat_mode`."""
+    with keras.RematScope(mode="full"):
+        inputs = keras.Input((2,))
+        model = keras.Model(inputs, keras.layers.Dense(2, name="d")(inputs) + 1)
+    call = tf.function(lambda x: model(x, training=False))
+    with backend.without_remat(model):
+        call(tf.ones((1, 2)))
+    assert model.get_layer("d")._remat_mode.mode == "full"
+    with pytest.raises(ValueError, match="keywords"):  # the day Keras mends it there is no need of it
+        tf.function(lambda x: model(x, training=False))(tf.ones((1, 2)))
+
+
 def test_litert_files_are_read_and_written_as_objects():
     """Rests on `tensorflow.lite.python.schema_py_generated` and `tensorflow.lite.tools.flatbuffer_utils`."""
     schema = backend.lite_schema()

@@ -250,7 +250,8 @@ class Storage:
         def call(inputs: Any) -> Any:
             trainable = values(computing.trainable_variables)
             rest = values(computing.non_trainable_variables)
-            return computing.stateless_call(trainable, rest, inputs, training=False)[0]
+            with backend.without_remat(computing):
+                return computing.stateless_call(trainable, rest, inputs, training=False)[0]
 
         return call
 

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import hardware
+from keras_mp import backend, hardware
 from keras_mp.errors import ExportError, KerasMPWarning
 from keras_mp.export.blame import answers_at_random, first_nonfinite, outputs_by_layer
 from keras_mp.export.comparison import ADVICE, OutputReport, compare, limit_of
@@ -371,7 +371,8 @@ def _model_ms(signature: Signature, given: Mapping[str, np.ndarray]) -> float:
         lambda tensors: signature.call(tensors, lambda inputs: model(inputs, training=False)), autograph=False
     )
     tensors = {name: tf.constant(array) for name, array in given.items()}
-    call(tensors)
+    with backend.without_remat(model):
+        call(tensors)
     times: list[float] = []
     end = time.perf_counter() + 0.3
     while not times or (time.perf_counter() < end and len(times) < 30):
