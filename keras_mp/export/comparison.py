@@ -8,7 +8,7 @@ import numpy as np
 from keras_mp.errors import ExportError
 from keras_mp.export.precision import tolerance_of
 
-__all__ = ["ADVICE", "OutputReport", "comparable", "compare", "differing_share", "limit_of", "measure"]
+__all__ = ["OutputReport", "comparable", "compare", "differing_share", "limit_of", "measure"]
 
 ADVICE = "Export the model again."
 

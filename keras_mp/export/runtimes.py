@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_mp.errors import ExportError
 
-__all__ = ["SUFFIXES", "require_onnx", "run_file"]
+__all__ = ["require_onnx", "run_file"]
 
 SUFFIXES = {"litert": ".tflite", "onnx": ".onnx"}
 

@@ -35,7 +35,6 @@ from keras_mp.policy import stacklevel
 __all__ = [
     "Answer",
     "ExportReport",
-    "OutputReport",
     "run_alone",
     "verify_export",
 ]
