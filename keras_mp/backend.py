@@ -34,6 +34,9 @@ __all__ = [
     "is_default_strategy",
     "is_functional",
     "layers_by_path",
+    "lite_bytes",
+    "lite_model",
+    "lite_schema",
     "logits_of",
     "make_function",
     "mask_of",
@@ -65,6 +68,7 @@ __all__ = [
     "without_all_reduce",
     "without_autocast",
     "without_log_lines",
+    "without_remat",
 ]
 
 # What TensorFlow 2.21 writes before it has read TF_CPP_MIN_LOG_LEVEL, so that no setting can silence it.
@@ -820,3 +824,47 @@ def call_before_training(check: Callable[[keras.Model], None]) -> None:
 def saving_to_h5() -> bool:
     """Whether Keras is writing a model to its old HDF5 format now."""
     return bool(_saving_options_flag("use_legacy_config"))
+
+
+# Keras has no public name for what `keras.RematScope` leaves on a layer. Recomputing is for a backward pass, and in a
+# graph Keras's fails for a layer that is called by keywords.
+@contextlib.contextmanager
+def without_remat(model: keras.Model) -> Iterator[None]:
+    """Calls the layers and operations of a model without recomputing anything.
+
+    Args:
+        model: a Keras model.
+    """
+    layers = layers_by_path(model).values()
+    operations = {id(each): each for layer in layers for each in (layer, *getattr(layer, "operations", ()))}
+    modes = {key: vars(each)["_remat_mode"] for key, each in operations.items() if vars(each).get("_remat_mode")}
+    for key in modes:
+        vars(operations[key])["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        for key, mode in modes.items():
+            vars(operations[key])["_remat_mode"] = mode
+
+
+# The classes and the reader of TensorFlow Lite's file format have no public name. They are imported late, for few users
+# write such files.
+def lite_schema() -> Any:
+    """The module with the classes of TensorFlow Lite's file format."""
+    from tensorflow.lite.python import schema_py_generated
+
+    return schema_py_generated
+
+
+def lite_model(content: bytes) -> Any:
+    """The content of a TensorFlow Lite file as objects that can be changed."""
+    from tensorflow.lite.tools import flatbuffer_utils
+
+    return flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+
+
+def lite_bytes(model: Any) -> bytes:
+    """The content of the file for what `lite_model` returned."""
+    from tensorflow.lite.tools import flatbuffer_utils
+
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))

@@ -161,7 +161,7 @@ def convert(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A .keras file.")],
-    path: Annotated[str, typer.Argument(help="Folder for the versions, such as saved_models/digits.")],
+    path: Annotated[str, typer.Argument(help="Folder or URL for the versions, such as saved_models/digits.")],
     precision: Annotated[
         str, typer.Option(help="What to multiply in: float32; mixed, as trained; auto, by the hardware here.")
     ] = "auto",
@@ -178,9 +178,9 @@ def export(
         written = export_model(
             trained, path, precision=precision, weights=weights, format=format, jit_compile=jit_compile
         )
-        record = read_record(written) if written.is_dir() else None
+        record = read_record(written)
     if record is None:
-        facts: dict[str, Any] = {"path": str(written), "bytes": written.stat().st_size}
+        facts: dict[str, Any] = {"path": str(written), "bytes": tf.io.gfile.stat(str(written)).length}
         typer.echo(json.dumps(facts, indent=2) if as_json else f"Wrote {written}, {facts['bytes']:,} bytes.")
     elif as_json:
         typer.echo(json.dumps({"path": str(written), **record}, indent=2))
@@ -346,13 +346,15 @@ def _class_name(layer: keras.Layer) -> str:
     return f"{package}.{type(layer).__name__}" if package == "keras_mp" else type(layer).__name__
 
 
-def _print_export(path: pathlib.Path, record: dict[str, Any]) -> None:
+def _print_export(path: "pathlib.Path | str", record: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Wrote {path}, and ran it without Keras.", markup=False)
     facts = Table("", "")
     facts.add_row("trained under", ", ".join(record["policies"]))
     facts.add_row("multiplies in", ", ".join(record["compute_dtypes"]))
     facts.add_row("weights", record["weights"])
+    if record["kept_in_float32"]:
+        facts.add_row("in float32 all the same", ", ".join(record["kept_in_float32"]))
     sizes = record["sizes"]
     facts.add_row("size", f"{sizes['total']:,} bytes, {sizes['variables']:,} of variables, {sizes['graph']:,} of graph")
     facts.add_row("weights in float32", f"{sizes['float32_weights']:,} bytes")

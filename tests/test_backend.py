@@ -66,6 +66,30 @@ def test_raise_from_graph_raises_the_very_type_with_its_text():
         assert raised.value.args == (f"x is {x}",)
 
 
+def test_without_remat_leaves_the_scopes_mode_as_it_was():
+    """Rests on `keras.Operation._remat_mode`."""
+    with keras.RematScope(mode="full"):
+        inputs = keras.Input((2,))
+        model = keras.Model(inputs, keras.layers.Dense(2, name="d")(inputs) + 1)
+    call = tf.function(lambda x: model(x, training=False))
+    with backend.without_remat(model):
+        call(tf.ones((1, 2)))
+    assert model.get_layer("d")._remat_mode.mode == "full"
+    with pytest.raises(ValueError, match="keywords"):  # the day Keras mends it there is no need of it
+        tf.function(lambda x: model(x, training=False))(tf.ones((1, 2)))
+
+
+def test_litert_files_are_read_and_written_as_objects():
+    """Rests on `tensorflow.lite.python.schema_py_generated` and `tensorflow.lite.tools.flatbuffer_utils`."""
+    schema = backend.lite_schema()
+    model = schema.ModelT()
+    model.version, model.buffers = 3, [schema.BufferT(), schema.BufferT()]
+    model.buffers[1].data = np.arange(4, dtype=np.uint8)
+    read = backend.lite_model(backend.lite_bytes(model))
+    assert (read.version, bytes(read.buffers[1].data)) == (3, bytes(range(4)))
+    assert (schema.TensorType.FLOAT16, schema.BuiltinOperator.DEQUANTIZE) == (1, 6)
+
+
 def test_other_unknown_errors_are_what_they_were():
     error = tf.errors.UnknownError(None, None, "something")
     assert type(error) is tf.errors.UnknownError

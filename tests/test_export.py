@@ -271,6 +271,57 @@ def test_a_server_of_another_user_can_read_it(tmp_path):
         assert not entry.is_dir() or stat.S_IMODE(entry.stat().st_mode) & 0o111 == 0o111, entry
 
 
+class Holder(layers.Layer):
+    """A layer with others inside, of a class of the user's."""
+
+    def __init__(self, *inner, **keywords):
+        super().__init__(**keywords)
+        self.inner = list(inner)
+
+    def call(self, inputs):
+        for layer in self.inner:
+            inputs = layer(inputs)
+        return inputs
+
+
+def adapted():
+    normal, words = layers.Normalization(), layers.StringLookup(output_mode="tf_idf")
+    normal.adapt(np.random.default_rng(1).normal(5, 3, (50, 5)).astype("float32"))
+    words.adapt([["a", "b", "c"], ["a", "b", "a"]])
+    x, s = keras.Input((5,), name="x"), keras.Input((3,), dtype="string", name="s")
+    return keras.Model([x, s], layers.Dense(2, name="y")(layers.concatenate([Holder(normal)(x), words(s)])))
+
+
+def remat():
+    with keras.RematScope(mode="full"):
+        return sequential()
+
+
+def quantized():
+    model = sequential()
+    for layer in model.layers:  # the model's own method warns of layers that it leaves alone
+        layer.quantize("int8")
+    return model
+
+
+def with_lora():
+    model = build(sequential)
+    model.layers[0].enable_lora(2)
+    model.layers[0].lora_kernel_b.assign(np.ones((2, 4)))
+    return model
+
+
+@pytest.mark.parametrize("make", [adapted, remat, quantized, with_lora])
+def test_an_export_keeps_what_the_model_holds(make, tmp_path):
+    model = make()
+    rows = np.random.default_rng(0).normal(5, 3, (3, 5)).astype("float32")
+    batch = [rows, np.array([["a", "b", "q"], ["c", "c", "a"], ["b", "b", "b"]])] if make is adapted else rows
+    path = keras_mp.export(model, tmp_path / "m", batch=batch)
+    answers = keras_mp.verify_export(path, model, batch).answers["y"]
+    expected = model([tf.constant(each) for each in batch] if make is adapted else batch)
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 # Versions
 
 
@@ -528,7 +579,11 @@ def test_verify_notices_a_model_that_was_trained_on(tmp_path):
     found = load(path)(features=tf.constant(batch))["y"].numpy()
     error = np.abs(found - model(batch).numpy()).max()
     assert text.startswith(f"Output 'y' of the export differs from the model's by {error:g}, which is ")
-    assert text.endswith("rounding explains 1e-05. Was the model trained on since? Export it again.")
+    names = ", ".join(repr(variable.path) for variable in model.weights[:3])
+    assert text.endswith(
+        f"rounding explains 1e-05. The model was changed since: 4 of its weights, such as {names}, ..., are others. "
+        "Export the model again."
+    )
 
 
 def test_verify_notices_the_export_of_another_model(tmp_path):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_mp import backend, hardware
 from keras_mp.errors import ExportError
+from keras_mp.export import blame
 from keras_mp.export.operations import widen_constants
 from keras_mp.export.precision import Storage, half_of, narrow_dtypes, resources_of, with_precision
 from keras_mp.export.sample import made_up
@@ -29,11 +30,13 @@ class Graph:
         models: the models as they were trained, by the name of their signature; the first is `serving_default`.
         signatures: how each is called.
         functions: each traced, with the dtypes that are served.
+        forwards: for each the model whose layers compute, and what calls it with the weights that are stored.
         own_outputs: the names that their outputs would have if the user had given none.
         precision: "float32" or "mixed".
         products: the dtypes that the layers compute in.
         half: the dtype of half-size weights, or None.
-        kept: paths of variables that could not be held in it.
+        stored: the path of each variable, in the order in which they are written.
+        kept: paths of those that could not be held in half size.
         jit_compile: whether XLA must compile it.
         module: the object to save.
     """
@@ -41,10 +44,12 @@ class Graph:
     models: dict[str, keras.Model]
     signatures: dict[str, Signature]
     functions: dict[str, Any]
+    forwards: dict[str, tuple[keras.Model, Callable[[Any], Any]]]
     own_outputs: dict[str, list[str]]
     precision: str
     products: frozenset[str]
     half: str | None
+    stored: list[str]
     kept: list[str]
     jit_compile: bool
     module: tf.Module
@@ -92,10 +97,10 @@ class Graph:
         finally:
             backend.set_remapper(before)
 
-    def measure(
+    def run(
         self, rows: Mapping[str, Mapping[str, np.ndarray]]
-    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, dict[str, float]]]]:
-        """Answers of the export, and their largest error against the model, for each output of each signature.
+    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
+        """Answers of the export and of the model itself, for each output of each signature.
 
         Args:
             rows: as `rows` made them.
@@ -103,22 +108,55 @@ class Graph:
         Raises:
             ExportError: the model cannot work with the rows.
         """
-        answers, errors = {}, {}
+        answers, expected = {}, {}
         for name, arrays in rows.items():
-            model = self.models[name]
             try:
-                expected = self.signatures[name].call(arrays, functools.partial(model, training=False))
+                expected[name] = self.expected(name, arrays)
                 answers[name] = self.answer(name, arrays)
             except Exception as error:
                 shapes = {key: array.shape for key, array in arrays.items()}
                 raise ExportError(
-                    f"Signature {name!r} of model {model.name!r} does not answer rows of the shapes {shapes}. Give "
-                    f"rows that it takes: export(..., batch=rows). {type(error).__name__}: {error}"
+                    f"Signature {name!r} of model {self.models[name].name!r} does not answer rows of the shapes "
+                    f"{shapes}. Give rows that it takes: export(..., batch=rows). {type(error).__name__}: {error}"
                 ) from error
-            errors[name] = {
-                key: _error(answers[name][key], as_array(widened(tensor, key))) for key, tensor in expected.items()
-            }
-        return answers, errors
+        return answers, expected
+
+    def expected(self, signature: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the model itself answers, as it is served.
+
+        Args:
+            signature: its name.
+            arrays: the inputs by name.
+        """
+        model = self.models[signature]
+        outputs = self.signatures[signature].call(arrays, functools.partial(model, training=False))
+        return {name: as_array(widened(tensor, name)) for name, tensor in outputs.items()}
+
+    def origin(self, signature: str, arrays: Mapping[str, np.ndarray], limit: float) -> str | None:
+        """Says what makes the export differ from the model, before any runtime; None where nothing does.
+
+        Args:
+            signature: its name.
+            arrays: the inputs by name.
+            limit: largest error of a layer's output, relative to its largest value.
+        """
+        called, model = self.signatures[signature], self.models[signature]
+        if blame.answers_at_random(called, arrays, limit):
+            return f"Two calls of model {model.name!r} differ: it answers at random."
+        computing, forward = self.forwards[signature]
+        expected = blame.outputs_by_layer(called, model, functools.partial(model, training=False), arrays)
+        found = blame.outputs_by_layer(called, computing, forward, arrays, in_graph=True)
+        nonfinite = blame.first_nonfinite(expected, arrays)
+        if nonfinite:
+            return f"In model {model.name!r} itself {nonfinite}."
+        nonfinite = blame.first_nonfinite(found, {})
+        if nonfinite:
+            return f"In the export {nonfinite}."
+        differs = blame.first_difference(expected, found, limit)
+        if differs is None:
+            return None
+        stored = f" Weights are stored in {self.half}." if self.half else ""
+        return f"In the order of the calls {differs}.{stored}"
 
     def described(self) -> dict[str, Any]:
         """Names, dtypes and shapes of each signature's tensors, as they can be written in JSON."""
@@ -177,13 +215,13 @@ def trace(
     half = half_of(weights, models[first])
     storage = Storage(half)
     own_outputs: dict[str, list[str]] = {}
-    functions, computing = {}, []
+    functions, forwards = {}, {}
     for name, signature in signatures.items():
         twin = with_precision(models[name], precision)
-        computing.append(twin)
-        forward = storage.forward(twin, models[name])
-        functions[name] = _traced(name, signature, forward, own_outputs, jit_compile)
+        forwards[name] = (twin, storage.forward(twin, models[name]))
+        functions[name] = _traced(name, signature, forwards[name][1], own_outputs, jit_compile)
         _refuse_what_servers_cannot_run(name, functions[name], jit_compile)
+    computing = [twin for twin, _ in forwards.values()]
     module = tf.Module()
     # Variables alone: tracking the model itself would tie the file to Keras's classes.
     module.model_variables = storage.variables
@@ -194,10 +232,12 @@ def trace(
         dict(models),
         signatures,
         functions,
+        forwards,
         own_outputs,
         "mixed" if products & {"float16", "bfloat16"} else "float32",
         products,
         half,
+        storage.paths,
         storage.kept,
         jit_compile,
         module,
@@ -236,14 +276,3 @@ def _refuse_what_servers_cannot_run(name: str, function: Any, jit_compile: bool)
             "Serving refuses unless it is started with --xla_cpu_compilation_enabled=true. Take jit_compile=True from "
             "these functions, or type export(..., jit_compile=True) for such a server."
         )
-
-
-def _error(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    if not np.issubdtype(expected.dtype, np.floating):
-        share = float(np.mean(found != expected)) if found.size else 0.0
-        return {"largest": float(share > 0), "relative": share}
-    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):
-        error = float(np.max(np.where(same, 0.0, np.abs(found.astype("float64") - expected)), initial=0.0))
-    largest = float(np.max(np.abs(expected[np.isfinite(expected)]), initial=0.0))
-    return {"largest": error, "relative": error / largest if largest else error}

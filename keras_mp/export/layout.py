@@ -1,6 +1,7 @@
 """Where exports are written: numbered versions in a folder, each there in whole or not at all."""
 
 import contextlib
+import errno
 import importlib
 import itertools
 import os
@@ -15,7 +16,18 @@ import tensorflow as tf
 
 from keras_mp.errors import ExportError, ExportWriteError
 
-__all__ = ["check_folder", "publish", "put_aside", "require_saved_model", "unfinished", "versions", "writing"]
+__all__ = [
+    "check_folder",
+    "is_litter",
+    "publish",
+    "put_aside",
+    "refuse_full_disk",
+    "replace",
+    "require_saved_model",
+    "unfinished",
+    "versions",
+    "writing",
+]
 
 # Windows has none; there a folder that a killed export left is not told from one in the making.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -23,6 +35,37 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 # Serving systems take folders with an integer for a name, so what is no version has another one.
 _UNFINISHED, _FAILED = ".unfinished-", ".failed-"
 _PROBLEMS = (OSError, tf.errors.OpError)
+
+# What desktops, file servers and editors leave in folders, besides names that begin with a dot.
+_LITTER = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "lost+found",
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+}
+_LITTER_ENDS = ("~", ".bak", ".orig", ".swp", ".swo", ".tmp")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder was left by a desktop, a file server or an editor, and says nothing of its folder.
+
+    Args:
+        name: its name, without the folder.
+
+    Example:
+
+    >>> [is_litter(name) for name in (".DS_Store", "desktop.ini", "notes.txt~", "notes.txt")]
+    [True, True, True, False]
+    """
+    folded = name.casefold()
+    backup = folded.startswith("~$") or (folded.startswith("#") and folded.endswith("#"))
+    return folded.startswith(".") or folded in _LITTER or folded.endswith(_LITTER_ENDS) or backup
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -48,10 +91,7 @@ def check_folder(folder: pathlib.Path) -> None:
     others = sorted(
         entry.name
         for entry in folder.iterdir()
-        if not (
-            entry.name.startswith((_UNFINISHED, _FAILED))
-            or (entry.name.isdecimal() and (entry / "saved_model.pb").is_file())
-        )
+        if not (is_litter(entry.name) or (entry.name.isdecimal() and (entry / "saved_model.pb").is_file()))
     )
     if others:
         raise ExportError(
@@ -93,28 +133,32 @@ def require_saved_model(path: pathlib.Path) -> None:
 def unfinished(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder in the model's folder for a version in the making, which is taken away where it was not published.
 
-    What exports that were killed have left is taken away too.
+    So are the folders that were made for it, and what exports that were killed have left.
 
     Args:
         folder: the model's folder; it is made, and its parents, where they are not there.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for each in made:
-            _readable(each)  # under a umask of 077 a server could not even look for versions
-        _sweep(folder)
-        path = pathlib.Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+    path = None
     try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for each in made:
+                _readable(each)  # under a umask of 077 a server could not even look for versions
+            _sweep(folder)
+            path = pathlib.Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
         with _locked(path):
             yield path
     finally:
-        if path.exists():
+        if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+        for each in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                each.rmdir()  # which fails where something is in it
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: "pathlib.Path | str") -> Iterator[None]:
     """Says in plain words that something could not be written.
 
     Args:
@@ -128,11 +172,40 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     except ExportError:
         raise
     except _PROBLEMS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        own = error.strerror if isinstance(error, OSError) else None
+        reason = own or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason.rpartition("}} ")[2]  # TensorFlow's name for the node
         raise ExportWriteError(
             f"{str(path)!r} could not be written: {reason}. No version was published, and nothing half-written was "
             "left. Free space there, or name a folder that may be written to."
         ) from error
+
+
+def refuse_full_disk(said: str) -> None:
+    """Raises where another program failed for want of space.
+
+    Args:
+        said: what it said.
+
+    Raises:
+        OSError: as the system would have raised it here.
+    """
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number) in said:
+            raise OSError(number, os.strerror(number))
+
+
+def replace(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts a finished file in the place of one that may be there.
+
+    Args:
+        path: the file, on the same disk.
+        target: its place.
+    """
+    _readable(path)
+    _to_disk(path)
+    os.replace(path, target)
+    _to_disk(target.parent)
 
 
 def publish(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend, hardware, layers
@@ -12,7 +13,16 @@ from keras_mp.errors import ConversionError, ExportError, KerasMPWarning
 from keras_mp.policy import compute_dtypes, stacklevel
 from keras_mp.rebuild import Choice, Rebuild
 
-__all__ = ["Storage", "half_of", "narrow_dtypes", "resources_of", "tolerance_of", "with_precision"]
+__all__ = [
+    "Storage",
+    "far_beyond",
+    "half_of",
+    "holds",
+    "narrow_dtypes",
+    "resources_of",
+    "tolerance_of",
+    "with_precision",
+]
 
 PRECISIONS = ("auto", "float32", "mixed")
 WEIGHTS = ("float32", "half", "float16", "bfloat16")
@@ -20,7 +30,10 @@ WEIGHTS = ("float32", "half", "float16", "bfloat16")
 # Largest difference between model and export, relative to the largest output, that rounding in the narrowest dtype can
 # explain where TensorFlow fuses ops in one of them and not in the other: a few units in the last place.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-_LARGEST_FLOAT16 = 65504.0
+# Beyond this it is a fault and no rounding. In float32 fused products and sums in another order add up over layers.
+_FAR = {"float64": 1e-9, "float32": 1e-3, "float16": 5e-2, "bfloat16": 0.25}
+# What rounding to nearest costs at most, relative to a number that the dtype holds in full precision.
+_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def narrow_dtypes(model: keras.Model) -> frozenset[str]:
@@ -50,6 +63,54 @@ def tolerance_of(dtypes: "set[str] | frozenset[str]") -> float:
     0.01
     """
     return max((_TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+
+
+def far_beyond(dtypes: "set[str] | frozenset[str]") -> float:
+    """The error, relative to the largest output, from which on it is no rounding in any of some dtypes.
+
+    Args:
+        dtypes: those that a model and its export compute in and store weights in.
+
+    Example:
+
+    >>> far_beyond({"float32", "float16"})
+    0.05
+    """
+    return max((_FAR.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)
+
+
+def holds(value: np.ndarray, dtype: str) -> bool:
+    """Whether a 16-bit dtype holds a weight to the precision that it has, wherever its entries are used together.
+
+    A finite entry must stay finite. In each slice along each axis, which are the weights of one input or one output,
+    the error must be rounding of the largest entry: a slice of none but tiny entries would become 0 or lose its digits,
+    and what multiplies it may be large. A tiny entry beside large ones may go.
+
+    Args:
+        value: the weight in float32.
+        dtype: "float16" or "bfloat16".
+
+    Example:
+
+    >>> holds(np.array([[1.0, 1e-9]], "float32"), "float16"), holds(np.array([[1.0], [1e-9]], "float32"), "float16")
+    (False, False)
+    >>> holds(np.array([[1.0, 1e-9], [1.0, 1.0]], "float32"), "float16")
+    True
+    """
+    finite = np.isfinite(value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = value.astype(tf.as_dtype(dtype).as_numpy_dtype).astype(np.float32)
+        if not np.isfinite(rounded[finite]).all():
+            return False
+        error = np.where(finite, np.abs(rounded - value), 0)
+    size = np.where(finite, np.abs(value), 0)
+    size[size < np.finfo(np.float32).tiny] = 0  # TensorFlow computes with 0 for these
+    error[size == 0] = 0
+    for axis in range(value.ndim):
+        others = tuple(each for each in range(value.ndim) if each != axis)
+        if (error.max(others, initial=0) > 2 * _ROUNDOFF[dtype] * size.max(others, initial=0)).any():
+            return False
+    return True
 
 
 def with_precision(model: keras.Model, precision: str) -> keras.Model:
@@ -146,10 +207,10 @@ class Storage:
 
     Args:
         half: the dtype for float32 variables with two axes or more, or None to hold them as they are. Vectors, such as
-            biases and statistics, are small and stay in float32, and so does what float16 cannot hold.
+            biases and statistics, are small and stay in float32, and so does what the dtype does not hold.
 
     Attributes:
-        kept: paths of the variables that were left in float32 because float16 cannot hold their values.
+        kept: paths of the variables that were left in float32 because the dtype does not hold their values.
     """
 
     def __init__(self, half: str | None) -> None:
@@ -161,6 +222,11 @@ class Storage:
     def variables(self) -> list[tf.Variable]:
         """What there is to write."""
         return [held for _, held in self._held.values()]
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the variables, in the same order."""
+        return [variable.path for variable, _ in self._held.values()]
 
     def forward(self, computing: keras.Model, trained: keras.Model) -> Any:
         """A function like the model, of its inputs, that reads these variables instead of the model's.
@@ -184,7 +250,8 @@ class Storage:
         def call(inputs: Any) -> Any:
             trainable = values(computing.trainable_variables)
             rest = values(computing.non_trainable_variables)
-            return computing.stateless_call(trainable, rest, inputs, training=False)[0]
+            with backend.without_remat(computing):
+                return computing.stateless_call(trainable, rest, inputs, training=False)[0]
 
         return call
 
@@ -198,7 +265,7 @@ class Storage:
     def _stored(self, variable: keras.Variable, value: tf.Tensor) -> tf.Tensor:
         if self.half is None or value.dtype != tf.float32 or value.shape.rank < 2:
             return value
-        if self.half == "float16" and float(tf.reduce_max(tf.abs(value), axis=None)) > _LARGEST_FLOAT16:
+        if not holds(value.numpy(), self.half):
             self.kept.append(variable.path)
             return value
         return tf.cast(value, self.half)

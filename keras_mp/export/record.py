@@ -5,7 +5,10 @@ import json
 import pathlib
 from typing import Any
 
+import tensorflow as tf
+
 from keras_mp.errors import ExportError
+from keras_mp.export.layout import is_litter
 
 __all__ = ["check_files", "read_record", "sizes_of", "write_record"]
 
@@ -31,21 +34,22 @@ def write_record(path: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def read_record(path: pathlib.Path) -> dict[str, Any] | None:
+def read_record(path: "pathlib.Path | str") -> dict[str, Any] | None:
     """What an export says of itself; None where it was written by something else.
 
     Args:
-        path: the SavedModel's folder.
+        path: the SavedModel's folder, or its URL.
 
     Raises:
         ExportError: the file is there and is not what was written.
     """
-    file = path / FILE
-    if not file.is_file():
+    file = f"{path}/{FILE}"
+    if not tf.io.gfile.exists(file):
         return None
     advice = "Copy the export again, or export the model again."
     try:
-        record = json.loads(file.read_text())
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            record = json.loads(stream.read())
     except ValueError as error:
         raise ExportError(
             f"{FILE} of the export at {str(path)!r} was truncated or changed: {error}. {advice}"
@@ -81,7 +85,8 @@ def check_files(path: pathlib.Path, record: dict[str, Any]) -> None:
             faults.append(f"{name} was truncated: {here['bytes']} of {facts['bytes']} bytes")
         elif here != facts:
             faults.append(f"{name} was changed")
-    faults += [f"{name} was not written by the export" for name in sorted(found - set(written))]
+    others = (name for name in sorted(found - set(written)) if not any(map(is_litter, name.split("/"))))
+    faults += [f"{name} was not written by the export" for name in others]
     if faults:
         raise ExportError(
             f"The export at {str(path)!r} is not what was written: {'; '.join(faults)}. Copy it again, or export the "

@@ -158,13 +158,15 @@ def by_name(batch: Any, signature: Signature) -> dict[str, np.ndarray]:
     """A batch as arrays by the names of a signature, in its dtypes.
 
     Args:
-        batch: inputs as the model takes them, an array, or a list or dictionary of arrays; or by the signature's names.
+        batch: inputs as the model takes them, an array, or a list or dictionary of arrays; or by the signature's names;
+            or a tuple of these and what else `fit` takes.
         signature: as `signature_of` gave it.
 
     Raises:
-        ExportError: an input is missing, or there is one too many.
+        ExportError: an input is missing, there is one too many, or it is nothing that the input can be.
     """
     structure, inputs = _structure(signature.model), [info.name for info in signature.inputs]
+    batch = _without_labels(batch, structure, signature)
     if isinstance(batch, Mapping) and set(batch) == set(inputs):
         arrays = dict(batch)
     elif isinstance(batch, Mapping) and isinstance(structure, Mapping) and set(batch) == set(structure):
@@ -183,7 +185,28 @@ def by_name(batch: Any, signature: Signature) -> dict[str, np.ndarray]:
         # One input: rows, or Keras's list of one array. A list of numbers is rows.
         alone = isinstance(batch, (list, tuple)) and len(batch) == 1 and hasattr(batch[0], "shape")
         arrays = {inputs[0]: batch[0] if alone else batch}
-    return {info.name: as_array(tf.cast(arrays[info.name], info.dtype)) for info in signature.inputs}
+    return {info.name: _as_input(arrays[info.name], info) for info in signature.inputs}
+
+
+def _without_labels(batch: Any, structure: Any, signature: Signature) -> Any:
+    """The inputs of (inputs, labels) and (inputs, labels, weights)."""
+    if not isinstance(batch, tuple) or len(batch) not in (2, 3):
+        return batch
+    first = batch[0]
+    if keras.tree.is_nested(structure):
+        return first if keras.tree.is_nested(first) and len(first) == len(signature.inputs) else batch
+    return first if len(getattr(first, "shape", ())) == len(signature.inputs[0].shape) else batch
+
+
+def _as_input(given: Any, info: TensorInfo) -> np.ndarray:
+    try:
+        return as_array(tf.cast(given, info.dtype))
+    except (TypeError, ValueError, tf.errors.OpError) as error:
+        raise ExportError(
+            f"Input {info.name!r} takes {info.dtype} of shape {info.shape}; the batch gives {type(given).__name__}, "
+            f"which is not that: {(str(error).splitlines() or [''])[0][:200]} Give arrays, such as one batch of a "
+            "dataset: next(iter(dataset))."
+        ) from error
 
 
 def as_array(tensor: tf.Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Runs exports as a server does, without Keras, and compares them with the model or with what they answered before."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,53 +9,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import hardware
-from keras_mp.errors import ExportError
-from keras_mp.export.layout import require_saved_model
-from keras_mp.export.precision import narrow_dtypes, tolerance_of
+from keras_mp import backend, hardware
+from keras_mp.errors import ExportError, KerasMPWarning
+from keras_mp.export.blame import answers_at_random, first_nonfinite, outputs_by_layer
+from keras_mp.export.comparison import ADVICE, OutputReport, compare, limit_of
+from keras_mp.export.graph import trace
+from keras_mp.export.layout import refuse_full_disk, require_saved_model, writing
+from keras_mp.export.precision import narrow_dtypes
 from keras_mp.export.record import check_files, read_record
+from keras_mp.export.remote import fetched, is_url
+from keras_mp.export.runtimes import SUFFIXES, run_file
 from keras_mp.export.sample import FILE as SAMPLE
 from keras_mp.export.sample import load_arrays, made_up, read_sample, save_arrays
 from keras_mp.export.signature import Signature, as_array, by_name, signature_of, widened
+from keras_mp.policy import stacklevel
 
 __all__ = [
     "Answer",
     "ExportReport",
-    "OutputReport",
-    "compare",
-    "differing_share",
     "run_alone",
     "verify_export",
 ]
 
-_ADVICE = "Export the model again."
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputReport:
-    """What one output of an export was found to be.
-
-    Attributes:
-        dtype: the name of its dtype, such as "float32".
-        shape: its shape for the batch.
-        finite: whether every value is finite.
-        largest_error: the largest absolute difference from the model's output; of strings 1 where one differs.
-        relative_error: that, over the largest absolute value of the model's output; of integers, booleans and strings
-            the share of them that differs.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    finite: bool
-    largest_error: float
-    relative_error: float
+_ELSEWHERE = (
+    "It is compared with what it answered when it was written, and its files are those: another TensorFlow or device "
+    "computes otherwise, or the model answers at random."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +50,16 @@ class ExportReport:
     """What `verify_export` found.
 
     Attributes:
-        path: the SavedModel's folder.
+        path: the SavedModel's folder, or the file; a string where it is a URL.
         outputs: an `OutputReport` for each output's name.
         answers: the export's outputs for the batch, as NumPy arrays, by name.
-        latency_ms: median time of a call of the export in milliseconds, in a process of its own.
+        latency_ms: median time of a call of the export in milliseconds, in a process of its own; NaN for a file.
         model_latency_ms: that of the Keras model here, in a `tf.function`; None where no model was given.
         record: what the export says of itself in its `keras_mp.json`: precision, sizes, errors, versions, files with
             their SHA-256, fingerprint. None where it has none.
     """
 
-    path: pathlib.Path
+    path: "pathlib.Path | str"
     outputs: dict[str, OutputReport]
     answers: dict[str, np.ndarray] = dataclasses.field(repr=False)
     latency_ms: float = float("nan")
@@ -105,7 +93,7 @@ def verify_export(
     compared with what was written.
 
     Args:
-        path: folder of one version, as `export` returned it.
+        path: folder of one version, or file of another format, as `export` returned it; a URL is read from there.
         model: the model that was exported; None to compare with what the export answered when it was written.
         batch: inputs as the model takes them, an array, or a list or dictionary of arrays; or by the export's names.
             None for made-up rows.
@@ -127,7 +115,20 @@ def verify_export(
     >>> keras_mp.verify_export(path, model, tf.ones((2, 4))).outputs["score"].shape
     (2, 1)
     """
-    path = pathlib.Path(path)
+    if not is_url(path):
+        with fetched(path) as local:
+            return _verify(local, model, batch, tolerance)
+    with fetched(path) as local:
+        try:
+            report = _verify(local, model, batch, tolerance)
+        except ExportError as error:
+            raise type(error)(str(error).replace(str(local), os.fspath(path))) from error
+    return dataclasses.replace(report, path=os.fspath(path))
+
+
+def _verify(path: pathlib.Path, model: keras.Model | None, batch: Any, tolerance: float | None) -> ExportReport:
+    if path.suffix in SUFFIXES.values() and path.is_file():
+        return _verify_file(path, model, batch, tolerance)
     require_saved_model(path)
     record = read_record(path)
     if record is not None:
@@ -141,14 +142,119 @@ def verify_export(
     expected = signature.call(given, lambda inputs: model(inputs, training=False))
     dtypes |= narrow_dtypes(model)
     (answer,) = run_alone(path, [("serving_default", given)], timed=True, remapping=hardware.fusion_is_safe(dtypes))
-    arrays = {name: as_array(widened(tensor, name)) for name, tensor in expected.items()}
-    _same_names(path, answer.outputs, arrays)
-    outputs = {
-        name: compare(name, answer.outputs[name], arrays[name], dtypes | {tensor.dtype.name}, tolerance)
-        for name, tensor in expected.items()
-    }
+    _same_names(path, answer.outputs, expected)
+    outputs = _compared(
+        answer.outputs, expected, dtypes, tolerance, lambda limit: _cause(path, record, signature, given, limit)
+    )
     assert answer.ms is not None
     return ExportReport(path, outputs, answer.outputs, answer.ms, _model_ms(signature, given), record)
+
+
+def _verify_file(path: pathlib.Path, model: keras.Model | None, batch: Any, tolerance: float | None) -> ExportReport:
+    """A file of another format, which keeps neither a record nor a sample."""
+    if model is None:
+        raise ExportError(
+            f"{str(path)!r} keeps no answers to compare with. Type keras_mp.verify_export(path, model, batch)."
+        )
+    signature = signature_of(model)
+    given = made_up(signature.inputs) if batch is None else by_name(batch, signature)
+    expected = signature.call(given, lambda inputs: model(inputs, training=False))
+    found = run_file(path, given)
+    _same_names(path, found, expected)
+    # Of its weights the file does not say whether they are of half the size.
+    dtypes = narrow_dtypes(model) | {"float32", "float16"}
+    outputs = _compared(found, expected, dtypes, tolerance, lambda limit: _cause(path, None, signature, given, limit))
+    return ExportReport(path, outputs, found)
+
+
+def _compared(
+    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, tf.Tensor],
+    dtypes: "set[str] | frozenset[str]",
+    tolerance: float | None,
+    cause: Callable[[float], str],
+) -> dict[str, OutputReport]:
+    outputs = {}
+    for name, tensor in expected.items():
+        array = as_array(widened(tensor, name))
+        rounding = limit_of(array, {*dtypes, tensor.dtype.name})
+        limit = rounding if tolerance is None or not tensor.dtype.is_floating else tolerance
+        outputs[name] = compare(name, found[name], array, limit, cause=functools.partial(cause, limit))
+        if tensor.dtype.is_floating and np.isnan(array).any():
+            warnings.warn(
+                f"Output {name!r} of both the export and the model is NaN in {np.isnan(array).mean():.2g} of its "
+                f"values. {cause(limit)}",
+                KerasMPWarning,
+                stacklevel=stacklevel(),
+            )
+    return outputs
+
+
+def _cause(
+    path: pathlib.Path,
+    record: dict[str, Any] | None,
+    signature: Signature,
+    given: Mapping[str, np.ndarray],
+    limit: float,
+) -> str:
+    """Why an export does not answer like a model: what is certain first."""
+    model = signature.model
+    changed = _changed_weights(path, record, model)
+    called = outputs_by_layer(signature, model, lambda inputs: model(inputs, training=False), given)
+    nonfinite = first_nonfinite(called, given)
+    if nonfinite:
+        since = " The weights are not those that were exported." if changed else ""
+        return f"In model {model.name!r} itself {nonfinite}.{since} Give it a batch that it works with, or mend it."
+    if answers_at_random(signature, given, limit):
+        return (
+            f"Two calls of model {model.name!r} differ: it answers at random, and so nothing can be compared with it."
+        )
+    if changed:
+        some = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
+        return f"The model was changed since: {len(changed)} of its weights, such as {some}, are others. {ADVICE}"
+    if changed is None or record is None:
+        return f"Was the model trained on since? {ADVICE}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = trace({"serving_default": model}, record["precision"], record["weights"])
+    rows = dict(zip((info.name for info in graph.signatures["serving_default"].inputs), given.values(), strict=True))
+    origin = graph.origin("serving_default", rows, limit)
+    narrow = {"float16", "bfloat16"} & {*record["compute_dtypes"]} - narrow_dtypes(model)
+    if origin is None and narrow:
+        return (
+            f"The export computes in {' and '.join(sorted(narrow))}, and this model does not. Compare it with the one "
+            "that was exported, or type export(..., precision='float32')."
+        )
+    if origin is None:
+        return f"The weights are those that were exported, and the same graph answers like the model here. {ADVICE}"
+    return (
+        f"The weights are those that were exported. {origin} The batch is of another kind than the rows that the "
+        "export was measured with, or the precision does not suit the model: type export(..., batch=rows) with such "
+        "rows, and precision='mixed' or weights='float32'."
+    )
+
+
+def _changed_weights(path: pathlib.Path, record: dict[str, Any] | None, model: keras.Model) -> list[str] | None:
+    """Paths of the model's variables whose values an export does not have; None where it does not say."""
+    if record is None or "variables" not in record:
+        return None
+    ours: dict[str, list[keras.Variable]] = {}
+    for variable in model.variables:
+        ours.setdefault(variable.path, []).append(variable)
+    reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
+    changed = []
+    for number, name in enumerate(record["variables"]):
+        if not ours.get(name):
+            continue  # of a further signature's model
+        value = tf.convert_to_tensor(ours[name].pop(0).value)
+        stored = reader.get_tensor(f"model_variables/{number}/.ATTRIBUTES/VARIABLE_VALUE")
+        if value.shape != stored.shape:
+            changed.append(name)
+            continue
+        rounded = tf.cast(value, tf.as_dtype(stored.dtype)).numpy()
+        if rounded.tobytes() != stored.tobytes():
+            changed.append(name)
+    return changed
 
 
 def _verify_with_sample(
@@ -172,8 +278,9 @@ def _verify_with_sample(
         _same_names(path, answer.outputs, expected[signature])
         for name, array in expected[signature].items():
             label = name if signature == "serving_default" else f"{signature}/{name}"
-            wanted = dtypes | {array.dtype.name}
-            reports[label] = compare(label, answer.outputs[name], array, wanted, tolerance)
+            rounding = limit_of(array, dtypes | {array.dtype.name})
+            limit = rounding if tolerance is None or not np.issubdtype(array.dtype, np.floating) else tolerance
+            reports[label] = compare(label, answer.outputs[name], array, limit, cause=lambda: _ELSEWHERE)
     first = answers[[name for name, _ in requests].index("serving_default")]
     assert first.ms is not None
     return ExportReport(path, reports, first.outputs, first.ms, None, record)
@@ -197,7 +304,7 @@ def run_alone(
     Raises:
         ExportError: it does not run, with the end of what the process said.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
         job: dict[str, Any] = {
             "folder": str(path.resolve()),
@@ -225,66 +332,13 @@ def run_alone(
             command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False
         )
         if run.returncode != 0:
+            refuse_full_disk(run.stderr)
             raise ExportError(f"The export at {str(path)!r} does not run without Keras:\n{run.stderr.strip()[-2000:]}")
         facts = json.loads((scratch / "facts.json").read_text())
         return [
             Answer(load_arrays(pathlib.Path(request["outputs"])), fact["ms"])
             for request, fact in zip(job["requests"], facts, strict=True)
         ]
-
-
-def compare(
-    name: str, found: np.ndarray, expected: np.ndarray, dtypes: "set[str]", tolerance: float | None = None
-) -> OutputReport:
-    """Compares one output.
-
-    Args:
-        name: the output's.
-        found: what the export answers.
-        expected: what it should.
-        dtypes: those that are computed in and the output's own, which say what rounding explains.
-        tolerance: largest error relative to the largest value, or None for that.
-
-    Raises:
-        ExportError: dtype, shape or values differ.
-    """
-    strings = found.dtype.kind == expected.dtype.kind == "S"  # their dtype has the length of the longest
-    if (found.dtype != expected.dtype and not strings) or found.shape != expected.shape:
-        raise ExportError(
-            f"Output {name!r} of the export is {found.dtype} of shape {found.shape}; expected {expected.dtype} of "
-            f"shape {expected.shape}. {_ADVICE}"
-        )
-    limit = tolerance_of(dtypes) if tolerance is None else tolerance
-    # Equal values differ by 0, infinities and NaN included, whatever their subtraction gives.
-    same = found == expected
-    if not np.issubdtype(found.dtype, np.floating):
-        share = 1 - float(np.mean(same)) if same.size else 0.0
-        numbers = np.issubdtype(found.dtype, np.integer)
-        error = float(np.max(np.abs(found.astype("float64") - expected), initial=0.0)) if numbers else float(share > 0)
-        if share > differing_share(dtypes):
-            raise ExportError(f"Output {name!r} of the export differs from the model's. {_ADVICE}")
-        return OutputReport("string" if strings else found.dtype.name, found.shape, True, error, share)
-    finite = bool(np.isfinite(found).all())
-    same |= np.isnan(found) & np.isnan(expected)
-    with np.errstate(invalid="ignore"):
-        error = float(np.max(np.where(same, 0.0, np.abs(found.astype("float64") - expected)), initial=0.0))
-    largest = float(np.max(np.abs(expected[np.isfinite(expected)]), initial=0.0))
-    relative = error / largest if largest else (0.0 if error == 0 else float("inf"))
-    if not relative <= limit:
-        raise ExportError(
-            f"Output {name!r} of the export differs from the model's by {error:g}, which is {relative:.2g} of its "
-            f"largest value; rounding explains {limit:g}. Was the model trained on since? Export it again."
-        )
-    return OutputReport(found.dtype.name, found.shape, finite, error, relative)
-
-
-def differing_share(dtypes: "set[str]") -> float:
-    """How many integers of an output may differ: of two scores that 16 bits make equal the largest may be either.
-
-    Args:
-        dtypes: those that are computed in.
-    """
-    return 0.5 if dtypes & {"float16", "bfloat16"} else 0.0
 
 
 def _signature_in(record: dict[str, Any] | None, model: keras.Model) -> Signature:
@@ -316,7 +370,8 @@ def _model_ms(signature: Signature, given: Mapping[str, np.ndarray]) -> float:
         lambda tensors: signature.call(tensors, lambda inputs: model(inputs, training=False)), autograph=False
     )
     tensors = {name: tf.constant(array) for name, array in given.items()}
-    call(tensors)
+    with backend.without_remat(model):
+        call(tensors)
     times: list[float] = []
     end = time.perf_counter() + 0.3
     while not times or (time.perf_counter() < end and len(times) < 30):

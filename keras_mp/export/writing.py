@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp.errors import ExportError, KerasMPWarning
-from keras_mp.export import layout, record, sample, verification, warmup
+from keras_mp.errors import ExportError, ExportWriteError
+from keras_mp.export import layout, record, remote, sample, verification, warmup
+from keras_mp.export.comparison import compare, limit_of
 from keras_mp.export.graph import Graph, trace
-from keras_mp.export.precision import tolerance_of
+from keras_mp.export.judgement import judge
 from keras_mp.export.signature import Names
-from keras_mp.policy import stacklevel
 
 __all__ = ["export"]
 
@@ -40,7 +39,7 @@ def export(
     jit_compile: bool = False,
     warmup_requests: bool | None = None,
     verify: bool = True,
-) -> pathlib.Path:
+) -> "pathlib.Path | Any":
     """Writes a model as the next version of a SavedModel that serves without Keras and without this package.
 
     The signature `serving_default` takes and gives float32 whatever the model computes in, for TensorFlow Serving's
@@ -49,18 +48,22 @@ def export(
     "user-id" is "user_id", for a signature allows no more than letters, digits and "_".
 
     A version is written under another name, run in a fresh process without Keras, and then renamed: it appears in whole
-    or not at all. One that does not answer there as it does here is kept as ".failed-1". Its `assets.extra` holds
+    or not at all. One that does not answer there as it does here is kept as ".failed-1". One that is further from the
+    model itself than rounding explains is not written; the error names the layer. Its `assets.extra` holds
     `keras_mp.json` (policies, precision, sizes, errors against the model, versions, SHA-256 of each file), two rows
     with their answers, and requests by which TensorFlow Serving warms up.
 
     Args:
         model: a built model with symbolic inputs (Functional or Sequential).
         path: folder of the model, such as "saved_models/digits"; its versions are the folders 1, 2, ... in it. For the
-            other formats a file, to which ".tflite" or ".onnx" is added, and which is replaced.
+            other formats a file, to which ".tflite" or ".onnx" is added, and which is replaced. A URL, such as
+            "gs://bucket/digits", where TensorFlow has a file system for it: what was verified here is copied there, its
+            `saved_model.pb` last.
         precision: what the export multiplies in. "float32"; "mixed" for the dtypes the model was trained in; or "auto",
             "mixed" where the hardware here is faster in them, else "float32".
         weights: what it stores: "float32" for the weights as they are; "float16" or "bfloat16" for half the size, cast
-            at every call; "half" for the one of them that the model was trained in. Vectors stay in float32.
+            at every call; "half" for the one of them that the model was trained in. Vectors stay in float32, and so do
+            weights that would overflow or lose their digits, in any row or column.
         input_names: names for the inputs: a list in the model's order, or a dictionary from the names they would have.
         output_names: likewise for the outputs.
         signatures: further signatures by name, each a model with symbolic inputs; of layers that it shares with `model`
@@ -71,10 +74,11 @@ def export(
         jit_compile: whether XLA must compile the signatures. TensorFlow Serving refuses such signatures on a CPU unless
             it is started with --xla_cpu_compilation_enabled=true.
         warmup_requests: whether to write these; None for where tensorflow-serving-api is installed (extra `serving`).
-        verify: False to publish without running it.
+        verify: False to publish without running it, and whatever its error is.
 
     Returns:
-        The folder of the version that was written, such as "saved_models/digits/1"; for other formats the file.
+        The folder of the version that was written, such as "saved_models/digits/1"; for other formats the file. For a
+        URL the URL of that, a string.
 
     Raises:
         ExportError: the model is not built, the path holds something that is not a version of a SavedModel, a name or
@@ -83,7 +87,8 @@ def export(
         ConversionError: the model cannot be converted to float32.
 
     Warns:
-        KerasMPWarning: for float16 products on a CPU, and for answers further from the model's than rounding explains.
+        KerasMPWarning: for float16 products on a CPU, for answers further from the model's than rounding explains, and
+            for a model whose own answers are not finite.
 
     Example:
 
@@ -98,18 +103,32 @@ def export(
     """
     if format not in FORMATS:
         raise ExportError(f"Unknown format {format!r}. Type one of {', '.join(map(repr, FORMATS))}.")
-    folder = pathlib.Path(path)
-    models = _models(model, signatures)
-    if format != "saved_model":
-        from keras_mp.export.converted import export_converted
+    models, names = _models(model, signatures), (input_names, output_names)
+    with remote.staged(path, file=format != "saved_model") as (place, bring):
+        if format != "saved_model":
+            from keras_mp.export.converted import export_converted
 
-        names = (input_names, output_names)
-        return export_converted(models, folder, format, names, precision, weights, batch)
-    warm = warmup.available(warmup_requests)
-    layout.check_folder(folder)
-    graph = trace(models, precision, weights, (input_names, output_names), jit_compile)
+            return bring(export_converted(models, place, format, names, precision, weights, batch, verify))
+        warm = warmup.available(warmup_requests)
+        layout.check_folder(place)
+        return bring(
+            _export(trace(models, precision, weights, names, jit_compile), place, batch, warm=warm, verify=verify)
+        )
+
+
+def _export(graph: Graph, folder: pathlib.Path, batch: Any, *, warm: bool, verify: bool) -> pathlib.Path:
+    """Writes a version of a SavedModel into a local folder."""
+    name = graph.models["serving_default"].name
     rows = graph.rows(batch)
-    expected, errors = graph.measure(rows)
+    expected, own = graph.run(rows)
+    errors = judge(
+        graph,
+        expected,
+        own,
+        graph.trained_dtypes,
+        lambda signature, limit: graph.origin(signature, rows[signature], limit),
+        refuse=verify,
+    )
     kept = {
         name: sample.first_rows(arrays, graph.signatures[name].inputs, sample.ROWS) for name, arrays in rows.items()
     }
@@ -126,16 +145,16 @@ def export(
         if verify:
             try:
                 _check(graph, made, kept, answers, one)
+            except ExportWriteError:
+                raise
             except ExportError as error:
                 aside = layout.put_aside(made, folder)
                 raise ExportError(
-                    f"The export of {model.name!r} failed its verification, so no version was published; it is kept at "
+                    f"The export of {name!r} failed its verification, so no version was published; it is kept at "
                     f"{str(aside)!r}. {error} Where the model answers at random, type verify=False."
                 ) from error
         with layout.writing(folder):
-            published = layout.publish(made, folder)
-    _warn_of_errors(graph, errors)
-    return published
+            return layout.publish(made, folder)
 
 
 def _models(model: keras.Model, signatures: Mapping[str, keras.Model] | None) -> dict[str, keras.Model]:
@@ -160,7 +179,7 @@ def _check(graph: Graph, made: pathlib.Path, kept: Any, answers: Any, one: Any) 
     found = verification.run_alone(made, requests, remapping=hardware.fusion_is_safe(graph.dtypes))
     for answer, wanted in zip(found, expected, strict=True):
         for name, array in wanted.items():
-            verification.compare(name, answer.outputs[name], array, {*graph.dtypes, array.dtype.name})
+            compare(name, answer.outputs[name], array, limit_of(array, {*graph.dtypes, array.dtype.name}))
 
 
 def _facts(graph: Graph, made: pathlib.Path, errors: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
@@ -175,6 +194,7 @@ def _facts(graph: Graph, made: pathlib.Path, errors: dict[str, dict[str, dict[st
         "compute_dtypes": sorted(graph.products),
         "weights": graph.half or "float32",
         "kept_in_float32": graph.kept,
+        "variables": graph.stored,
         "jit_compile": graph.jit_compile,
         "signatures": graph.described(),
         "sizes": sizes,
@@ -187,19 +207,3 @@ def _facts(graph: Graph, made: pathlib.Path, errors: dict[str, dict[str, dict[st
             "python": platform.python_version(),
         },
     }
-
-
-def _warn_of_errors(graph: Graph, errors: dict[str, dict[str, dict[str, float]]]) -> None:
-    for signature, outputs in errors.items():
-        for name, error in outputs.items():
-            limit = tolerance_of(graph.trained_dtypes)
-            if not graph.functions[signature].structured_outputs[name].dtype.is_floating:
-                limit = verification.differing_share(graph.trained_dtypes)
-            if not error["relative"] <= limit:
-                warnings.warn(
-                    f"Output {name!r} of {signature!r} differs from the model's by {error['relative']:.2g} of its "
-                    f"largest value; rounding explains {limit:g}. Verify it with rows of your own: "
-                    "keras_mp.verify_export(path, model, batch).",
-                    KerasMPWarning,
-                    stacklevel=stacklevel(),
-                )

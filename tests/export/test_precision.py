@@ -12,6 +12,7 @@ from keras import layers
 import keras_mp
 from keras_mp import hardware
 from keras_mp.errors import ExportError, KerasMPWarning
+from keras_mp.export.precision import holds
 from tests.export import serving_models
 
 
@@ -124,6 +125,38 @@ def test_half_size_weights(policy, weights, dtype, error, tmp_path):
     measured = facts["errors"]["serving_default"]["y"]
     assert measured["relative"] <= error
     assert (measured["largest"] == 0) == (error == 0)
+
+
+FULL = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
+
+
+def changed(change):
+    value = FULL.copy()
+    change(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "float16", "bfloat16"),
+    [
+        (FULL, True, True),
+        (np.zeros((3, 3), "float32"), True, True),
+        (FULL * 1e-9, False, True),
+        (FULL * 1e-6, False, True),  # subnormal
+        (FULL * 1e5, False, True),
+        (changed(lambda x: x.__setitem__((1, 1), 1e6)), False, True),
+        (changed(lambda x: x.__setitem__((1, 1), 3.4e38)), False, False),  # bfloat16 rounds it up to infinity
+        (changed(lambda x: x.__setitem__((1, 1), 1e-9)), True, True),  # beside large ones
+        (changed(lambda x: x[1].__imul__(1e-9)), False, True),  # of one input
+        (changed(lambda x: x[:, 1].__imul__(1e-9)), False, True),  # of one output
+        (np.diag(np.full(5, 1e-7, "float32")), False, True),
+        (changed(lambda x: x[1].__imul__(1e-44)), True, True),  # which TensorFlow computes with as 0
+        (changed(lambda x: x.__setitem__((1, 1), np.nan)), True, True),
+    ],
+)
+def test_what_a_16_bit_dtype_holds(value, float16, bfloat16):
+    assert holds(value, "float16") is float16
+    assert holds(value, "bfloat16") is bfloat16
 
 
 def test_what_float16_cannot_hold_stays_in_float32(tmp_path):

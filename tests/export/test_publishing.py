@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import layers
 
 import keras_mp
-from keras_mp.errors import ExportError, ExportWriteError, KerasMPWarning
+from keras_mp.errors import ExportError, ExportWriteError
 from keras_mp.export import record
 from keras_mp.export.sample import read_sample
 
@@ -53,11 +53,12 @@ from keras_mp.errors import ExportWriteError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = keras.Sequential([keras.Input((300,), name="x"), keras.layers.Dense(300, name="y")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # stands for a disk that is full
-try:
-    keras_mp.export(model, sys.argv[1], verify=False)
-except ExportWriteError as error:
-    print(error)
-print(os.listdir(sys.argv[1]))
+for format in ("saved_model", "litert"):
+    try:
+        keras_mp.export(model, sys.argv[1] + "/in/m", format=format, verify=False)
+    except ExportWriteError as error:
+        print(error)
+print(os.path.exists(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 def die_before_the_version_appears(event, arguments):
@@ -75,17 +76,56 @@ def test_a_full_disk_and_a_killed_export_leave_no_version(tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr
-    told, left = run.stdout.splitlines()
-    assert told.startswith(f"{str(folder)!r} could not be written: ")
-    assert told.endswith(
-        "No version was published, and nothing half-written was left. Free space there, or name a folder that may be "
-        "written to."
-    )
-    assert left == "[]"
+    *told, left = run.stdout.splitlines()
+    for text, name in zip(told, ("m", "m.tflite"), strict=True):
+        assert text.startswith(f"{str(folder / 'in' / name)!r} could not be written: ")
+        assert text.endswith(
+            "No version was published, and nothing half-written was left. Free space there, or name a folder that may "
+            "be written to."
+        )
+    assert left == "False"
     (unfinished,) = names_in(folder)
     assert unfinished.startswith(".unfinished-")
     assert keras_mp.export(small(), folder, verify=False) == folder / "1"
     assert names_in(folder) == ["1"]  # what was left is taken away
+
+
+LITTER = [
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    "._1",
+    ".1.swp",
+    "notes.txt~",
+    "#notes.txt#",
+    "~$notes.docx",
+    "1.bak",
+]
+
+
+def test_litter_of_desktops_and_editors_stops_no_export_and_no_verification(tmp_path):
+    folder = tmp_path / "m"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "__MACOSX" / "m").mkdir(parents=True)
+    for name in LITTER:
+        (folder / name).write_text("")
+    assert keras_mp.export(small(), folder, verify=False) == folder / "1"
+    path = keras_mp.export(small(), folder, verify=False)
+    assert path == folder / "2"
+    for name in LITTER:
+        (path / name).write_text("")
+    (path / "variables" / "._variables.index").write_text("")
+    keras_mp.verify_export(path)
+    (path / "notes.txt").write_text("")
+    assert "not what was written: notes.txt was not written by the export." in said(path)
+
+
+def test_another_program_that_found_the_disk_full():
+    layout = importlib.import_module("keras_mp.export.layout")
+    layout.refuse_full_disk("a model of an unknown operation")
+    full = "'m.onnx' could not be written: No space left on device. No version"
+    with pytest.raises(ExportWriteError, match=full), layout.writing("m.onnx"):
+        layout.refuse_full_disk("OSError: [Errno 28] No space left on device: '/tmp/m.onnx'")
 
 
 def test_an_export_in_the_making_is_not_taken_for_one_that_was_killed(tmp_path):
@@ -185,22 +225,24 @@ def test_a_path_whose_last_part_is_a_number(name, tmp_path):
 # Verification before publishing
 
 
-class Noise(layers.Layer):
+class ProcessNumber(layers.Layer):
+    """Another number in each process."""
+
     def call(self, inputs):
-        return inputs + tf.random.normal(tf.shape(inputs))
+        number = tf.strings.split(tf.io.read_file("/proc/self/stat"))[0]
+        return inputs + tf.strings.to_number(number)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the layer reads it")
 def test_an_export_that_does_not_answer_alike_is_kept_aside(tmp_path):
     x = keras.Input((3,), name="x")
-    model = keras.Model(x, Noise(name="y")(x), name="noisy")
-    tf.random.set_seed(None)  # with one, a graph draws the same numbers in every process
-    with pytest.warns(KerasMPWarning, match="Output 'y' of 'serving_default' differs from the model's"):
-        assert keras_mp.export(model, tmp_path / "m", verify=False).name == "1"
+    model = keras.Model(x, ProcessNumber(name="y")(x), name="numbered")
+    assert keras_mp.export(model, tmp_path / "m", verify=False).name == "1"
     with pytest.raises(ExportError) as caught:
         keras_mp.export(model, tmp_path / "m")
     aside = tmp_path / "m" / ".failed-1"
     assert str(caught.value).startswith(
-        f"The export of 'noisy' failed its verification, so no version was published; it is kept at {str(aside)!r}. "
+        f"The export of 'numbered' failed its verification, so no version was published; it is kept at {str(aside)!r}. "
         "Output 'y' of the export differs"
     )
     assert str(caught.value).endswith("Where the model answers at random, type verify=False.")

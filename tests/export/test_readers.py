@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_mp
-from keras_mp.errors import ExportError
+from keras_mp.errors import ExportError, KerasMPWarning
 from keras_mp.export.sample import save_arrays
 from tests.export import serving_models
 from tests.export.conftest import Exported
@@ -196,15 +197,52 @@ def test_litert_runs_the_float32_twin(maker, weights, tmp_path):
     np.testing.assert_allclose(answer, expected, rtol=0, atol=limit * np.abs(expected).max())
 
 
-def test_litert_with_half_weights_is_half_the_size(tmp_path):
+@pytest.mark.parametrize(
+    ("format", "halves"),
+    [("litert", ["half", "bfloat16"]), pytest.param("onnx", ["half", "bfloat16"], marks=pytest.mark.slow)],
+)
+def test_with_half_weights_a_file_is_half_the_size(format, halves, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a converter may run in another folder
     x = keras.Input((256,), name="x")
     model = keras.Model(x, keras.layers.Dense(256, name="y")(x))
-    sizes = [
-        keras_mp.export(model, tmp_path / weights, format="litert", weights=weights).stat().st_size
-        for weights in ("float32", "half")
-    ]
+    paths = [keras_mp.export(model, weights, format=format, weights=weights) for weights in ("float32", *halves)]
+    assert {str(path.parent) for path in paths} == {"."}
+    sizes = [path.stat().st_size for path in paths]
     assert 4 * 256**2 < sizes[0] < 4 * 256**2 + 8192
-    assert 2 * 256**2 < sizes[1] < 2 * 256**2 + 8192
+    for size in sizes[1:]:
+        assert 2 * 256**2 < size < 2 * 256**2 + 8192
+    for path in paths:
+        keras_mp.verify_export(path, model, tolerance=1e-3 if path.stem != "bfloat16" else 8e-3)
+
+
+def hostile(kernel):
+    """Tiny weights for large inputs, and a division that an epsilon of 1e-12 keeps from 0."""
+    x = keras.Input((4,), name="x")
+    first = keras.layers.Dense(4, activation="tanh", name="first")
+    normal = keras.layers.BatchNormalization(epsilon=1e-9, name="normal")
+    h = keras.layers.Lambda(lambda v: v / (keras.ops.abs(v) + 1e-12), output_shape=(4,))(normal(first(x)))
+    model = keras.Model(x, keras.layers.Dense(2, name="y")(h), name="hostile")
+    first.set_weights([kernel, np.zeros(4)])
+    normal.set_weights([np.ones(4), np.zeros(4), np.zeros(4), np.full(4, 1e-8)])
+    return model
+
+
+@pytest.mark.parametrize("format", ["saved_model", "litert", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e5], ids=["flushed to zero", "subnormal", "overflow"])
+def test_what_16_bits_lose_stays_in_float32_in_every_format(size, format, tmp_path):
+    rng = np.random.default_rng(0)
+    kernel, rows = size * rng.normal(size=(4, 4)), (rng.normal(size=(8, 4)) / size).astype("float32")
+    model = hostile(kernel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KerasMPWarning)
+        path = keras_mp.export(
+            model, tmp_path / "m", format=format, weights="float16", batch=rows, verify=format != "saved_model"
+        )
+    # Of the last layer's weights, which float16 holds.
+    assert keras_mp.verify_export(path, model, rows, tolerance=2e-3).outputs["y"].finite
+    if format == "saved_model":
+        facts = json.loads((path / "assets.extra" / "keras_mp.json").read_text())
+        assert facts["kept_in_float32"] == ["first/kernel"]
 
 
 @pytest.mark.parametrize(
