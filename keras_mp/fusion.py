@@ -19,6 +19,7 @@ from keras_mp import backend
 
 __all__ = [
     "compiles_for_cpu",
+    "custom_gradient",
     "fusible",
     "held",
     "largest",
@@ -27,6 +28,7 @@ __all__ = [
     "operation",
     "pays",
     "rounded",
+    "shaped",
     "total",
 ]
 
@@ -34,6 +36,48 @@ __all__ = [
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
 
 _LONGEST_SUM = 1024
+
+
+def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`tf.custom_gradient` for tapes, forward accumulators and variables alike.
+
+    TensorFlow's takes no gradient to a variable that it is given in eager code. And of a gradient it makes a forward
+    derivative by its transpose, which it finds only where no tape is in it. So where a forward accumulator follows one
+    of the tensors, what `function` computes is differentiated op by op.
+
+    Args:
+        function: from tensors to tensors, made of ops with gradients, and a function that makes gradients of gradients.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> square = custom_gradient(lambda x: (x * x, lambda upstream: 2 * x * upstream))
+        >>> x = tf.constant(3.0)
+        >>> with tf.autodiff.ForwardAccumulator(x, tf.constant(1.0)) as accumulator:
+        ...     y = square(x)
+        >>> float(accumulator.jvp(y))
+        6.0
+    """
+    with_gradient = tf.custom_gradient(function)
+
+    @functools.wraps(function)
+    def run(*tensors: Any) -> Any:
+        tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
+        return function(*tensors)[0] if backend.forward_mode(*tensors) else with_gradient(*tensors)
+
+    return run
+
+
+def shaped(x: tf.Tensor, shape: Any) -> tf.Tensor:
+    """`tf.ensure_shape`, whose op no forward accumulator can follow in a graph.
+
+    Args:
+        x: of that shape.
+        shape: with None for what is not known.
+    """
+    if not backend.forward_mode(x):
+        return tf.ensure_shape(x, shape)
+    x.set_shape(shape)
+    return x
 
 
 def pays(*tensors: tf.Tensor) -> bool:
@@ -191,7 +235,7 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
     return _rounded_to_bfloat16(x)
 
 
-@tf.custom_gradient
+@custom_gradient
 def _rounded_to_bfloat16(x: tf.Tensor) -> Any:
     half, one, places = (np.uint32(number) for number in (0x7FFF, 1, 16))
     bits = tf.bitcast(x, tf.uint32)
@@ -284,7 +328,7 @@ def operation(
     def run(*inputs: tf.Tensor, **settings: Any) -> Any:
         fused, whole = pays(*inputs), backend.in_xla_context()
 
-        @tf.custom_gradient
+        @custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
             outputs = forward_of(fused and compiles_forward)(*inputs, **settings)
             if keeps_output:
