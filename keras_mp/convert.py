@@ -233,7 +233,8 @@ class _Conversion:
         if isinstance(layer, OutputCast) and not narrow:
             return None
         last, dense = id(layer) in self.outputs, type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
-        if narrow and last and not dense and not backend.inner_layers(layer):
+        reversible = type(layer) in (keras.layers.ReversibleEmbedding, layers.ReversibleEmbedding)
+        if narrow and last and not dense and not reversible and not backend.inner_layers(layer):
             # What holds other layers is cast behind it instead: all that it computes need not be in float32.
             policy, narrow = keras.DTypePolicy("float32"), False
         cls = (_SAFE if narrow else _STOCK).get(type(layer), type(layer))

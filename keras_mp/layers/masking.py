@@ -41,12 +41,20 @@ class Masking(keras.layers.Masking):
 
     def call(self, inputs: Any) -> Any:
         """Sets masked steps to zero; see the class."""
-        outputs = super().call(inputs)
-        if keras.backend.standardize_dtype(outputs.dtype) == self.compute_dtype or not outputs.dtype.is_floating:
-            return outputs
-        return backend.with_mask(tf.cast(outputs, self.compute_dtype), backend.mask_of(outputs))
+        there = self.compute_mask(inputs)
+        outputs = tf.where(there[..., None], inputs, tf.zeros([], inputs.dtype))
+        return backend.with_mask(tf.cast(outputs, self._output_dtype(inputs)), there)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """Which steps are there."""
+        del mask
+        value = keras.ops.cast(self.mask_value, inputs.dtype)  # Keras would compare 16 bits with the float32 value
+        return keras.ops.any(keras.ops.not_equal(inputs, value), axis=-1)
 
     def compute_output_spec(self, inputs: Any) -> Any:
         """The output as a symbolic tensor."""
-        dtype = self.compute_dtype if keras.backend.is_float_dtype(inputs.dtype) else inputs.dtype
-        return keras.KerasTensor(inputs.shape, dtype=dtype)
+        return keras.KerasTensor(inputs.shape, dtype=self._output_dtype(inputs))
+
+    def _output_dtype(self, inputs: Any) -> str:
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        return str(self.compute_dtype) if keras.backend.is_float_dtype(dtype) else dtype
