@@ -632,7 +632,9 @@ def _checked_mask(mask: Any, sequences: Any) -> Any:
     mask = tf.convert_to_tensor(mask)
     if mask.shape.rank == 3 and mask.shape[2] == 1:  # as Keras's loop takes it, too
         mask = tf.squeeze(mask, 2)
-    if not mask.shape.is_compatible_with(sequences.shape[:2]):
+    # Of images, what `Masking` makes has a row or a pixel masked.
+    fits = mask.shape[:2].is_compatible_with(sequences.shape[:2]) and mask.shape.rank < sequences.shape.rank
+    if not fits:
         raise ValueError(
             f"The `mask` must be of shape (batch_size, steps), here {tuple(sequences.shape[:2])}. "
             f"Received: sequences.shape={tuple(sequences.shape)}, mask.shape={tuple(mask.shape)}"
