@@ -21,6 +21,8 @@ def case(name, shape, **arguments):
         weights=(-0.5, 0.5),
         scale=0.5,
         random=bool(arguments.get("dropout")),
+        # `Masking` masks pixels, of which a convolution to another size leaves others: Keras fails.
+        masked=given["padding"] == "same" and "strides" not in given,
         tolerance={"bfloat16": 3.2e-2, "float16": 4e-3},
     )
 
@@ -28,6 +30,8 @@ def case(name, shape, **arguments):
 CASES = {
     "1D": case("ConvLSTM1D", (2, 3, 4, 2)),
     "1D, sequences": case("ConvLSTM1D", (2, 3, 5, 2), return_sequences=True, padding="valid", go_backwards=True),
+}
+SLOW = {
     "1D, no bias, strides": case("ConvLSTM1D", (2, 3, 5, 2), use_bias=False, strides=2),
     "1D, dropout": case("ConvLSTM1D", (2, 3, 4, 2), dropout=0.3, recurrent_dropout=0.3),
     "2D": case("ConvLSTM2D", (2, 2, 3, 4, 2)),
@@ -35,9 +39,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES, firsts=["1D"]))
+@pytest.mark.parametrize(("name", "policy"), checked(CASES))
 def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_contract_in_bfloat16(name, tmp_path, mirrored):
+    check_contract(SLOW[name], "mixed_bfloat16", tmp_path, mirrored(2))
 
 
 def check_memory(of, policy):
