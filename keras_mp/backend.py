@@ -391,7 +391,7 @@ def optimization_barrier(x: tf.Tensor) -> tf.Tensor:
     Args:
         x: of any dtype and shape.
     """
-    return _optimization_barrier(x)
+    return x if forward_mode(x) else _optimization_barrier(x)  # of which there is no forward derivative
 
 
 @tf.custom_gradient

@@ -144,7 +144,7 @@ def compiles_for_cpu() -> bool:
     return _on_cpu.get()
 
 
-def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def total(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
     """The sum over some axes, which stay with size 1.
 
     XLA adds up on a CPU one element after the other. It has fast products of matrices with vectors, into which it fuses
@@ -195,7 +195,7 @@ def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return total(x, axes) / tf.cast(math.prod(sizes[axis] for axis in axes), x.dtype)
 
 
-def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def largest(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
     """The maximum over some axes, which stay with size 1.
 
     XLA takes it on a CPU one element after the other as well; the maxima of eight parts of the last axis it takes
@@ -205,10 +205,10 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         x: of any shape.
         axes: counted from the front.
     """
-    last = x.shape.rank - 1
-    size = x.shape[-1] or 0
-    if compiles_for_cpu() and axes == (last,) and size >= 128 and size % 8 == 0:
-        x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
+    if compiles_for_cpu() and axes == (x.shape.rank - 1,):
+        size = x.shape[-1] or 0
+        if size >= 128 and size % 8 == 0:
+            x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
     return tf.reduce_max(x, axes, keepdims=True)
 
 

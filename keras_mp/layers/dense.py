@@ -181,7 +181,8 @@ def _apart(x: tf.Tensor) -> Any:
     oneDNN's product with a bias takes, in bfloat16 on a CPU with AMX, 1.1 to 1.9 times as long as the product and the
     bias in turns, the more the larger the kernel. In float32 it takes no longer, and nor does a fused convolution.
     """
-    return tf.raw_ops.Snapshot(input=x), lambda upstream: upstream  # takes the buffer of `x` over, without a copy
+    # Takes the buffer of `x` over, without a copy, and has no derivative.
+    return x if backend.forward_mode(x) else tf.raw_ops.Snapshot(input=x), lambda upstream: upstream
 
 
 def _spelled_out(equation: str, rank: int) -> str:

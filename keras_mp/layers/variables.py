@@ -30,7 +30,7 @@ def taking_variables(cls: type) -> None:
             args, kwargs = keras.tree.map_structure(_read, (args, kwargs))
         return call(self, *args, **kwargs)
 
-    cls.__call__ = read_and_call  # type: ignore[operator]
+    cls.__call__ = read_and_call  # type: ignore[method-assign]
 
 
 def _read(value: Any) -> Any:
