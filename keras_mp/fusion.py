@@ -87,6 +87,8 @@ def pays(*tensors: tf.Tensor) -> bool:
     a function that XLA compiles as a whole, where all is fused anyway, and not in a forward pass alone: that is also
     what an exported model holds, and TensorFlow Serving refuses functions that XLA must compile.
 
+    Nor where a forward accumulator follows them, which does not see what is inside of such functions.
+
     XLA compiles anew for every shape. Where an axis other than the first, that of the batch, has no static size, as
     for texts of many lengths, the time would go into the compiler.
 
@@ -97,6 +99,7 @@ def pays(*tensors: tf.Tensor) -> bool:
         not tf.executing_eagerly()
         and backend.recording()
         and not backend.in_xla_context()
+        and not backend.forward_mode(*tensors)
         and all(tensor.shape.rank is not None and None not in tensor.shape[1:].as_list() for tensor in tensors)
     )
 

@@ -49,7 +49,7 @@ from keras_mp.layers.softmax import Softmax
 from keras_mp.layers.spectral_normalization import SpectralNormalization
 from keras_mp.layers.transposed import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from keras_mp.layers.unit_normalization import UnitNormalization
-from keras_mp.layers.variables import taking_variables
+from keras_mp.layers.variables import taking_variables as _taking_variables
 
 __all__ = [
     "GRU",
@@ -115,4 +115,4 @@ __all__ = [
 ]
 
 for _name in __all__:
-    taking_variables(globals()[_name])
+    _taking_variables(globals()[_name])
