@@ -1,6 +1,7 @@
 """Keras layers that compute in float32 what 16 bits cannot hold."""
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
+from keras_mp.layers.average import Average
 from keras_mp.layers.batch_normalization import BatchNormalization
 from keras_mp.layers.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
 from keras_mp.layers.convolution import Conv1D, Conv2D, Conv3D
@@ -42,6 +43,7 @@ from keras_mp.layers.recurrent import (
     SimpleRNNCell,
     StackedRNNCells,
 )
+from keras_mp.layers.repeating import RepeatVector, UpSampling1D, UpSampling3D
 from keras_mp.layers.resizing import Resizing, UpSampling2D
 from keras_mp.layers.reversible_embedding import ReversibleEmbedding
 from keras_mp.layers.separable import SeparableConv1D, SeparableConv2D
@@ -58,6 +60,7 @@ __all__ = [
     "AdditiveAttention",
     "AlphaDropout",
     "Attention",
+    "Average",
     "AveragePooling1D",
     "AveragePooling2D",
     "AveragePooling3D",
@@ -98,6 +101,7 @@ __all__ = [
     "Normalization",
     "PReLU",
     "RMSNormalization",
+    "RepeatVector",
     "Resizing",
     "ReversibleEmbedding",
     "SeparableConv1D",
@@ -111,7 +115,9 @@ __all__ = [
     "SpectralNormalization",
     "StackedRNNCells",
     "UnitNormalization",
+    "UpSampling1D",
     "UpSampling2D",
+    "UpSampling3D",
 ]
 
 for _name in __all__:

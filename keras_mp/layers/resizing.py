@@ -12,7 +12,7 @@ from keras_mp import backend, fusion
 from keras_mp.errors import ArgumentError
 from keras_mp.layers import windows
 
-__all__ = ["Resizing", "UpSampling2D"]
+__all__ = ["Resizing", "UpSampling2D", "repeat"]
 
 _INTERPOLATIONS = ("bilinear", "nearest", "lanczos3", "lanczos5", "bicubic", "area")
 
@@ -68,7 +68,7 @@ class UpSampling2D(keras.layers.UpSampling2D):
         """Enlarges `inputs`; see the class."""
         if self.interpolation == "nearest":
             counts = (1, 1, *self.size) if self.data_format == "channels_first" else (1, *self.size, 1)
-            return _repeat(tf.cast(inputs, self.compute_dtype), counts)
+            return repeat(tf.cast(inputs, self.compute_dtype), counts)
         x = tf.transpose(inputs, [0, 2, 3, 1]) if self.data_format == "channels_first" else inputs
         size = tuple(n * factor for n, factor in zip(keras.ops.shape(x)[1:3], self.size, strict=True))
         y = _resize(x, size, self.interpolation, False, self.compute_dtype)
@@ -342,7 +342,13 @@ def _kernel_gradient(g: Any, shape: Any, size: Sequence[Any], method: str, antia
     return operation(grads=g, original_image=image, half_pixel_centers=True)
 
 
-def _repeat(x: Any, counts: tuple[int, ...]) -> Any:
+def repeat(x: Any, counts: tuple[int, ...]) -> Any:
+    """Repeats each element along each axis, with a gradient summed in float32.
+
+    Args:
+        x: of any shape.
+        counts: copies along each axis.
+    """
     dtype, fused = x.dtype.name, fusion.pays(x)
 
     @fusion.custom_gradient

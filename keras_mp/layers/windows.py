@@ -144,7 +144,7 @@ def window_sums(x: Any, counts: Sequence[int], dtype: str, *, fused: bool) -> An
     """
     number = math.prod(counts)
     # A mean of 2^n elements is their sum but for the exponent.
-    if number & (number - 1) == 0 and list(counts[::3]) == [1, 1] and takes_16_bits(x, dtype):
+    if number & (number - 1) == 0 and len(counts) == 4 and counts[0] == counts[3] == 1 and takes_16_bits(x, dtype):
         return tf.nn.avg_pool2d(x, counts[1:3], counts[1:3], "VALID") * tf.cast(number, dtype)
     return _sums_of(fused)(x, counts=tuple(counts), dtype=dtype, wide=wide(x, dtype))
 

@@ -1,4 +1,4 @@
-"""Dot, PReLU and Masking: the contract, and what stock Keras loses in 16 bits."""
+"""Dot, Average, PReLU and Masking: the contract, and what stock Keras loses in 16 bits."""
 
 import functools
 
@@ -27,6 +27,7 @@ CASES = {
     "Dot, two axes": dot_case([(2, 3, 4), (2, 4, 5)], axes=(2, 1)),
     "Dot, vector and matrix": dot_case([(2, 3), (2, 3, 4)], axes=1, normalize=True),
     "Dot, rank 4": dot_case([(2, 3, 2, 4), (2, 5, 2)], axes=(2, 2)),
+    "Average": Case(layers.Average, keras.layers.Average, [(2, 3, 4), (2, 3, 4), (2, 1, 4)], as_list=True),
     "PReLU": prelu_case((4, 3, 5)),
     "PReLU, shared": prelu_case((4, 3, 2, 5), shared_axes=[1, 2]),
     "PReLU, shared in the middle": prelu_case((4, 3, 2, 5), shared_axes=[2]),
@@ -62,6 +63,20 @@ def test_a_vector_of_zeros_has_a_finite_gradient_in_float16():
         tape.watch(x)
         y = tf.reduce_sum(layer([x, tf.ones_like(x)]))
     assert np.isfinite(tape.gradient(y, x)).all()
+
+
+def check_mean(of):
+    layer = of.Average(dtype="mixed_float16")
+    np.testing.assert_array_equal(layer([tf.fill((2, 3), tf.constant(3000, "float16"))] * 64), np.full((2, 3), 3000))
+
+
+def test_a_mean_whose_sum_leaves_float16():
+    check_mean(layers)
+
+
+@pytest.mark.stock_defect
+def test_a_stock_mean_whose_sum_leaves_float16():
+    check_mean(keras.layers)
 
 
 def check_slope(of, policy):
