@@ -106,7 +106,7 @@ def check_mask(of, policy):
     y = layer(x)
     np.testing.assert_array_equal(y._keras_mask, [[False, True, True, False]])
     np.testing.assert_array_equal(tf.cast(y, "float32")[0, :, 0] == 0, [True, False, False, True])
-    model = keras.Sequential([keras.Input((4, 2)), layer, keras.layers.GlobalAveragePooling1D(dtype="float32")])
+    model = keras.Sequential([keras.Input((4, 2)), layer, layers.GlobalAveragePooling1D(dtype=policy)])
     assert_close(model(x), [[0.15, 0.10005]], 5e-3)
 
 
