@@ -29,6 +29,7 @@ __all__ = [
     "dtype_as_read",
     "excluded_from_weight_decay",
     "first_of_generator",
+    "forward_mode",
     "in_xla_context",
     "inner_layers",
     "is_default_strategy",
@@ -165,6 +166,9 @@ from keras.src.backend.common.global_state import get_global_attribute as _savin
 from keras.src.backend.common.variables import AutocastScope as _AutocastScope  # noqa: E402
 from keras.src.backend.common.variables import get_autocast_scope as _get_autocast_scope  # noqa: E402
 
+# The cell of convolutional LSTMs has no public name to inherit from.
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell  # noqa: E402
+
 # Keras means a replica's losses by its own rows and divides by the number of replicas, and has no way to say otherwise;
 # `share_of_batch` does.
 from keras.src.losses import loss as _loss  # noqa: E402
@@ -186,6 +190,9 @@ from tensorflow.python.distribute import distribute_lib as _distribute_lib  # no
 
 # Every public name that lists the runtime's devices starts it, and a started runtime takes no more configuration.
 from tensorflow.python.eager import context as _context  # noqa: E402
+
+# No public name tells whether a forward accumulator is watching a tensor.
+from tensorflow.python.eager import forwardprop_util as _forwardprop_util  # noqa: E402
 
 # No public name tells whether a gradient tape is watching. It decides whether a function is compiled on its own.
 from tensorflow.python.eager import record as _record  # noqa: E402
@@ -392,7 +399,7 @@ def optimization_barrier(x: tf.Tensor) -> tf.Tensor:
     Args:
         x: of any dtype and shape.
     """
-    return _optimization_barrier(x)
+    return x if forward_mode(x) else _optimization_barrier(x)  # of which there is no forward derivative
 
 
 @tf.custom_gradient
@@ -428,6 +435,15 @@ def recording() -> bool:
     Not so inside of `tf.vectorized_map`: a tape outside of it sees other ops, and none of our gradients.
     """
     return bool(_record.could_possibly_record()) and not _in_vectorized_map()
+
+
+def forward_mode(*tensors: Any) -> bool:
+    """Whether a `tf.autodiff.ForwardAccumulator` follows one of these tensors now.
+
+    Args:
+        tensors: what an operation is about to get.
+    """
+    return bool(_forwardprop_util.pack_tangents([each for each in tensors if isinstance(each, tf.Tensor)]).tangents)
 
 
 def _in_vectorized_map() -> bool:

@@ -43,6 +43,7 @@ _SAFE_ACTIVATIONS: dict[Any, Any] = {
 }
 _STOCK_ACTIVATIONS: dict[Any, Any] = {ours: stock for stock, ours in _SAFE_ACTIVATIONS.items()}
 
+_DENSE = (keras.layers.Dense, layers.Dense, layers.Head)  # each becomes a `Head` where it answers
 _NARROW = ("float16", "bfloat16")
 
 
@@ -270,9 +271,8 @@ class _Attempt:
         narrow = policy.compute_dtype in _NARROW
         if isinstance(layer, OutputCast) and not narrow:
             return None
-        dense = type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
         cls = (_SAFE if narrow else _STOCK).get(type(layer), type(layer))
-        if narrow and dense and self.is_last(layer, path):
+        if narrow and type(layer) in _DENSE and self.is_last(layer, path):
             cls = layers.Head
         arguments = {}
         activation = getattr(layer, "activation", None)
@@ -310,9 +310,10 @@ class _Attempt:
         wanted, named = named_policy(self.wanted, path)
         if named or wanted.compute_dtype not in _NARROW:
             return wanted
-        dense = type(layer) in (keras.layers.Dense, layers.Dense, layers.Head)
-        # What holds other layers is cast behind it instead: all that it computes need not be in float32.
-        answers = self.is_last(layer, path) and not dense and not backend.inner_layers(layer)
+        # Some return float32 from 16-bit matmuls. What holds other layers is cast behind it instead: all that it
+        # computes need not be in float32.
+        is_wide = type(layer) in (*_DENSE, keras.layers.ReversibleEmbedding, layers.ReversibleEmbedding)
+        answers = self.is_last(layer, path) and not is_wide and not backend.inner_layers(layer)
         flow = self.conversion.flow
         if answers or (flow is not None and not self.is_plain(path) and id(layer) in flow.exact):
             self.in_float32.add(path)

@@ -19,6 +19,7 @@ from keras_mp import backend
 
 __all__ = [
     "compiles_for_cpu",
+    "custom_gradient",
     "fusible",
     "held",
     "largest",
@@ -27,6 +28,7 @@ __all__ = [
     "operation",
     "pays",
     "rounded",
+    "shaped",
     "total",
 ]
 
@@ -36,12 +38,56 @@ _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
 _LONGEST_SUM = 1024
 
 
+def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`tf.custom_gradient` for tapes, forward accumulators and variables alike.
+
+    TensorFlow's takes no gradient to a variable that it is given in eager code. And of a gradient it makes a forward
+    derivative by its transpose, which it finds only where no tape is in it. So where a forward accumulator follows one
+    of the tensors, what `function` computes is differentiated op by op.
+
+    Args:
+        function: from tensors to tensors, made of ops with gradients, and a function that makes gradients of gradients.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> square = custom_gradient(lambda x: (x * x, lambda upstream: 2 * x * upstream))
+        >>> x = tf.constant(3.0)
+        >>> with tf.autodiff.ForwardAccumulator(x, tf.constant(1.0)) as accumulator:
+        ...     y = square(x)
+        >>> float(accumulator.jvp(y))
+        6.0
+    """
+    with_gradient = tf.custom_gradient(function)
+
+    @functools.wraps(function)
+    def run(*tensors: Any) -> Any:
+        tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
+        return function(*tensors)[0] if backend.forward_mode(*tensors) else with_gradient(*tensors)
+
+    return run
+
+
+def shaped(x: tf.Tensor, shape: Any) -> tf.Tensor:
+    """`tf.ensure_shape`, whose op no forward accumulator can follow in a graph.
+
+    Args:
+        x: of that shape.
+        shape: with None for what is not known.
+    """
+    if not backend.forward_mode(x):
+        return tf.ensure_shape(x, shape)
+    x.set_shape(shape)
+    return x
+
+
 def pays(*tensors: tf.Tensor) -> bool:
     """Whether functions of these tensors should be compiled on their own.
 
     They are in the graph of a training step, where a gradient tape is watching. They are not in eager code, not inside
     a function that XLA compiles as a whole, where all is fused anyway, and not in a forward pass alone: that is also
     what an exported model holds, and TensorFlow Serving refuses functions that XLA must compile.
+
+    Nor where a forward accumulator follows them, which does not see what is inside of such functions.
 
     XLA compiles anew for every shape. Where an axis other than the first, that of the batch, has no static size, as
     for texts of many lengths, the time would go into the compiler.
@@ -53,6 +99,7 @@ def pays(*tensors: tf.Tensor) -> bool:
         not tf.executing_eagerly()
         and backend.recording()
         and not backend.in_xla_context()
+        and not backend.forward_mode(*tensors)
         and all(tensor.shape.rank is not None and None not in tensor.shape[1:].as_list() for tensor in tensors)
     )
 
@@ -100,7 +147,7 @@ def compiles_for_cpu() -> bool:
     return _on_cpu.get()
 
 
-def total(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def total(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
     """The sum over some axes, which stay with size 1.
 
     XLA adds up on a CPU one element after the other. It has fast products of matrices with vectors, into which it fuses
@@ -151,7 +198,7 @@ def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return total(x, axes) / tf.cast(math.prod(sizes[axis] for axis in axes), x.dtype)
 
 
-def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def largest(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
     """The maximum over some axes, which stay with size 1.
 
     XLA takes it on a CPU one element after the other as well; the maxima of eight parts of the last axis it takes
@@ -161,10 +208,10 @@ def largest(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         x: of any shape.
         axes: counted from the front.
     """
-    last = x.shape.rank - 1
-    size = x.shape[-1] or 0
-    if compiles_for_cpu() and axes == (last,) and size >= 128 and size % 8 == 0:
-        x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
+    if compiles_for_cpu() and axes == (x.shape.rank - 1,):
+        size = x.shape[-1] or 0
+        if size >= 128 and size % 8 == 0:
+            x = functools.reduce(tf.maximum, tf.split(x, 8, axis=-1))
     return tf.reduce_max(x, axes, keepdims=True)
 
 
@@ -191,7 +238,7 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
     return _rounded_to_bfloat16(x)
 
 
-@tf.custom_gradient
+@custom_gradient
 def _rounded_to_bfloat16(x: tf.Tensor) -> Any:
     half, one, places = (np.uint32(number) for number in (0x7FFF, 1, 16))
     bits = tf.bitcast(x, tf.uint32)
@@ -284,7 +331,7 @@ def operation(
     def run(*inputs: tf.Tensor, **settings: Any) -> Any:
         fused, whole = pays(*inputs), backend.in_xla_context()
 
-        @tf.custom_gradient
+        @custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
             outputs = forward_of(fused and compiles_forward)(*inputs, **settings)
             if keeps_output:

@@ -324,7 +324,7 @@ def _per_example(values: Callable[..., Any]) -> Callable[..., Any]:
         if not fused and not _is_16_bit(inputs[0]):
             return values(*inputs, **settings)
 
-        @tf.custom_gradient
+        @fusion.custom_gradient
         def with_gradient(*inputs: Any) -> Any:
             def gradient(upstream: Any) -> list[Any]:
                 gradients = [to_predictions_of(fused)(*inputs, upstream, **settings)] + [None] * (len(inputs) - 1)

@@ -60,7 +60,7 @@ def wide(function: Callable[..., tf.Tensor], *tensors: tf.Tensor) -> tf.Tensor:
         <tf.Tensor: shape=(1, 1), dtype=bfloat16, numpy=array([[5]], dtype=bfloat16)>
     """
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
         dtype = tensors[0].dtype
 

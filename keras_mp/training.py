@@ -408,6 +408,10 @@ class Model(keras.Model):
         else:
             distribution.apply_on_each_device(self.optimizer, gradients, variables)
 
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Keras's, of predictions in float32: in 16 bits top-k metrics raise, and those of one's own round on."""
+        return super().compute_metrics(x, y, keras.tree.map_structure(_in_float32, y_pred), sample_weight)
+
     def _share_of_batch(self, x: Any) -> tuple["tf.Tensor | None", tf.Tensor]:
         first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
         return distribution.share_of_batch(keras.ops.shape(first)[0])
@@ -556,6 +560,14 @@ class Functional(Model, backend.Functional):
         name: the model's name.
         trainable: whether the layers train.
     """
+
+
+def _in_float32(prediction: Any) -> Any:
+    """A prediction of 16 bits in float32, with its mask."""
+    if not isinstance(prediction, tf.Tensor) or prediction.dtype not in (tf.float16, tf.bfloat16):
+        return prediction
+    wide, mask = tf.cast(prediction, tf.float32), backend.mask_of(prediction)
+    return wide if mask is None else backend.with_mask(wide, mask)
 
 
 def _make_functional(cls: type) -> type:

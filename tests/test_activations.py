@@ -254,3 +254,29 @@ def test_a_vectorized_map_has_the_gradients_of_each_row(name, how, inside):
     expected = tf.map_fn(lambda row: value_and_gradient(loss, row)[1], tf.cast(x, "float64"))
     assert np.abs(expected).min() > 1e-3
     np.testing.assert_allclose(tf.cast(mapped, "float64"), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", [*NAMES, "softmax", "log_softmax"])
+def test_variables_and_forward_derivatives(name, dtype):
+    run = function(name)
+    x = tf.constant(np.linspace(-4, 4, 24).reshape(4, 6), dtype)
+    direction = tf.constant(np.linspace(2, -2, 24).reshape(4, 6), dtype)
+    variable = tf.Variable(x)
+    y, slope = value_and_gradient(run, x)
+    with tf.GradientTape() as tape:
+        of_variable = run(variable)
+    to_variable = tape.gradient(of_variable, variable)
+    np.testing.assert_array_equal(of_variable, y)
+    np.testing.assert_array_equal(to_variable, slope)
+    h = 1e-4
+    wide, along = tf.cast(x, "float64"), tf.cast(direction, "float64")
+    expected = (run(wide + h * along) - run(wide - h * along)) / (2 * h)
+
+    def derivative(x, direction):
+        with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+            y = run(x)
+        return accumulator.jvp(y)
+
+    for way in (derivative, tf.function(derivative)):
+        assert_close(way(x, direction), expected, 2e-2 if dtype == "bfloat16" else 1e-5)

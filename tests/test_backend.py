@@ -476,3 +476,23 @@ def test_what_is_excluded_from_weight_decay_is_found():
     (found,), pattern = backend.excluded_from_weight_decay(optimizer, [kernel, bias])
     assert found is bias
     assert sorted(pattern.split("|")) == ["norm", "scale"]
+
+
+def test_forward_mode_tells_whether_an_accumulator_follows():
+    """Rests on `tensorflow.python.eager.forwardprop_util.pack_tangents`."""
+    x, weight, other = tf.constant(2.0), tf.Variable(3.0), tf.constant(1.0)
+    assert not backend.forward_mode(x, other)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        assert not backend.forward_mode(x)
+    for primal, follow in ((x, lambda: x), (weight, lambda: tf.convert_to_tensor(weight))):
+        with tf.autodiff.ForwardAccumulator(primal, tf.constant(1.0)):
+            assert backend.forward_mode(other, follow() * 2)
+            assert not backend.forward_mode(other)
+        assert not backend.forward_mode(follow())
+
+
+def test_the_cell_of_convolutional_lstms_is_the_class_that_its_layers_make():
+    """Rests on `keras.src.layers.rnn.conv_lstm.ConvLSTMCell`."""
+    for name in ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"):
+        assert type(getattr(keras.layers, name)(1, 1).cell) is backend.ConvLSTMCell

@@ -117,6 +117,20 @@ def test_private_modules_of_tensorflow_and_keras_are_named_in_one_place(path):
     assert not found or path.name == "backend.py"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_gradients_of_ones_own_and_static_shapes_go_through_fusion(path):
+    """Where TensorFlow's know neither variables nor forward accumulators."""
+    found = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("custom_gradient", "ensure_shape")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "tf"
+    }
+    assert not found or path.name in ("backend.py", "fusion.py")
+
+
 def test_all_names_what_is_public():
     public = {
         name for name, value in vars(keras_mp).items() if not name.startswith("_") and not isinstance(value, type(ast))

@@ -716,3 +716,22 @@ def test_other_optimizers_get_gradients_of_the_variables_dtype():
         model.compile(Seeing(0.1), "mse")
     model.fit(np.ones((8, 4), "float32"), np.zeros((8, 3), "float32"), batch_size=8, verbose=0)
     assert seen == ["float32", "float32"]
+
+
+def check_top_k(model):
+    """Metrics of the ranks of predictions, by name and by class, in `fit` and in `evaluate`."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    inputs = keras.Input((4,))
+    made = model(inputs, keras.layers.Dense(10, "softmax")(inputs))
+    metrics = ["sparse_top_k_categorical_accuracy", keras.metrics.SparseTopKCategoricalAccuracy(3, name="of_three")]
+    made.compile("sgd", "sparse_categorical_crossentropy", metrics=metrics, jit_compile=False)
+    x, y = np.random.default_rng(0).normal(size=(8, 4)), np.arange(8)
+    made.fit(x, y, verbose=0)
+    top = np.argsort(-np.asarray(made(x), "float32"), -1, "stable")
+    result = made.evaluate(x, y, verbose=0, return_dict=True)
+    assert result["of_three"] == pytest.approx(np.mean([label in row[:3] for label, row in zip(y, top, strict=True)]))
+    assert result["sparse_top_k_categorical_accuracy"] >= result["of_three"]
+
+
+def test_top_k_metrics_take_16_bit_predictions():
+    check_top_k(keras_mp.Model)

@@ -214,7 +214,7 @@ def _table(of: Callable[..., Any], function: str, settings: tuple[tuple[str, Any
 def _looked_up(x: Any, of: Callable[..., Any], function: str, settings: Mapping[str, Any], dtype: Any) -> Any:
     """The same for 16-bit numbers out of the table, in a dtype, with the derivative that the formula has."""
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def at(x: Any) -> Any:
         table = tf.constant(_table(of, function, tuple(sorted(settings.items())), x.dtype.name), dtype)
 

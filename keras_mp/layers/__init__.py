@@ -1,14 +1,27 @@
 """Keras layers that compute in float32 what 16 bits cannot hold."""
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
+from keras_mp.layers.average import Average
 from keras_mp.layers.batch_normalization import BatchNormalization
+from keras_mp.layers.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
 from keras_mp.layers.convolution import Conv1D, Conv2D, Conv3D
 from keras_mp.layers.dense import Dense, EinsumDense
 from keras_mp.layers.depthwise import DepthwiseConv1D, DepthwiseConv2D
+from keras_mp.layers.dot import Dot
+from keras_mp.layers.dropout import (
+    AlphaDropout,
+    Dropout,
+    GaussianDropout,
+    GaussianNoise,
+    SpatialDropout1D,
+    SpatialDropout2D,
+    SpatialDropout3D,
+)
 from keras_mp.layers.embedding import Embedding
 from keras_mp.layers.feature_normalization import Normalization
 from keras_mp.layers.float32 import Float32
 from keras_mp.layers.head import Head
+from keras_mp.layers.masking import Masking
 from keras_mp.layers.max_pooling import MaxPooling1D, MaxPooling2D, MaxPooling3D
 from keras_mp.layers.normalization import GroupNormalization, LayerNormalization, RMSNormalization
 from keras_mp.layers.pooling import (
@@ -19,6 +32,7 @@ from keras_mp.layers.pooling import (
     GlobalAveragePooling2D,
     GlobalAveragePooling3D,
 )
+from keras_mp.layers.prelu import PReLU
 from keras_mp.layers.recurrent import (
     GRU,
     LSTM,
@@ -29,19 +43,24 @@ from keras_mp.layers.recurrent import (
     SimpleRNNCell,
     StackedRNNCells,
 )
+from keras_mp.layers.repeating import RepeatVector, UpSampling1D, UpSampling3D
 from keras_mp.layers.resizing import Resizing, UpSampling2D
+from keras_mp.layers.reversible_embedding import ReversibleEmbedding
 from keras_mp.layers.separable import SeparableConv1D, SeparableConv2D
 from keras_mp.layers.softmax import Softmax
 from keras_mp.layers.spectral_normalization import SpectralNormalization
 from keras_mp.layers.transposed import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from keras_mp.layers.unit_normalization import UnitNormalization
+from keras_mp.layers.variables import taking_variables as _taking_variables
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AlphaDropout",
     "Attention",
+    "Average",
     "AveragePooling1D",
     "AveragePooling2D",
     "AveragePooling3D",
@@ -52,13 +71,20 @@ __all__ = [
     "Conv2DTranspose",
     "Conv3D",
     "Conv3DTranspose",
+    "ConvLSTM1D",
+    "ConvLSTM2D",
+    "ConvLSTM3D",
     "Dense",
     "DepthwiseConv1D",
     "DepthwiseConv2D",
+    "Dot",
+    "Dropout",
     "EinsumDense",
     "Embedding",
     "Float32",
     "GRUCell",
+    "GaussianDropout",
+    "GaussianNoise",
     "GlobalAveragePooling1D",
     "GlobalAveragePooling2D",
     "GlobalAveragePooling3D",
@@ -67,20 +93,32 @@ __all__ = [
     "Head",
     "LSTMCell",
     "LayerNormalization",
+    "Masking",
     "MaxPooling1D",
     "MaxPooling2D",
     "MaxPooling3D",
     "MultiHeadAttention",
     "Normalization",
+    "PReLU",
     "RMSNormalization",
+    "RepeatVector",
     "Resizing",
+    "ReversibleEmbedding",
     "SeparableConv1D",
     "SeparableConv2D",
     "SimpleRNN",
     "SimpleRNNCell",
     "Softmax",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
     "SpectralNormalization",
     "StackedRNNCells",
     "UnitNormalization",
+    "UpSampling1D",
     "UpSampling2D",
+    "UpSampling3D",
 ]
+
+for _name in __all__:
+    _taking_variables(globals()[_name])

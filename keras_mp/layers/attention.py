@@ -11,6 +11,7 @@ from keras_mp import backend, fusion
 from keras_mp.errors import ArgumentError
 from keras_mp.layers.dense import EinsumDense
 from keras_mp.layers.dot_product import Masks, attend, attend_with_scores, wide_dtype
+from keras_mp.layers.dropout import dropped
 from keras_mp.layers.softmax import Softmax
 
 __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"]
@@ -350,7 +351,7 @@ class _SoftmaxOfScores(keras.layers.Layer):
             even = tf.cast(1.0 / tf.cast(tf.shape(scores)[-1], wide_dtype(scores.dtype)), weights.dtype)
             weights = tf.where(seen, weights, even)
         if training and self.dropout > 0:
-            weights = keras.random.dropout(weights, self.dropout, seed=self.seed_generator)
+            weights = dropped(weights, self.dropout, self.seed_generator)
         return tf.cast(tf.matmul(weights, value), dtype), tf.cast(weights, dtype)
 
 

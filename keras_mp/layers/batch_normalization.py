@@ -117,7 +117,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         kernel = _kernel_in_float32 if _has_channels_left_over(x) else _kernel
         outputs, mean, variance, *_ = kernel(images, *weights, *moving, epsilon=self.epsilon)
         if len(x.shape) != 4:
-            outputs = tf.ensure_shape(tf.reshape(outputs, tf.shape(x)), x.shape)
+            outputs = fusion.shaped(tf.reshape(outputs, tf.shape(x)), x.shape)
         # The kernel divides by n - 1 (by 1 where n is 1) for the variance it answers; Keras moves by that of n.
         n = tf.cast(tf.size(x, tf.int64) // channels, tf.float32)
         return outputs, mean, variance * ((n - 1.0) / n), n > 0
@@ -218,7 +218,7 @@ def _kernel_in_float32(images: tf.Tensor, *weights: tf.Tensor, epsilon: float) -
         outputs, *others = _kernel(tf.cast(images, tf.float32), *weights, epsilon=epsilon)
         return tf.cast(outputs, images.dtype), *others
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def normalize(images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *moving: tf.Tensor) -> Any:
         outputs, mean, variance, *reserved = run(images, gamma, beta, *moving)
 

@@ -251,7 +251,7 @@ def _rounded_twice(
     images that it is laid on, so that this costs little.
     """
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(inputs: tf.Tensor, kernel: tf.Tensor) -> Any:
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             rounded = tf.cast(fusion.held(True, kernel)[0], inputs.dtype)

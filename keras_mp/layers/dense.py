@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, products
+from keras_mp import backend, fusion, products
 
 __all__ = ["Dense", "EinsumDense", "add_bias"]
 
@@ -121,7 +121,7 @@ def add_bias(x: tf.Tensor, bias: Any) -> tf.Tensor:
     if x.dtype not in (tf.bfloat16, tf.float16) or not backend.recording() or not backend.on_cpu():
         return tf.nn.bias_add(x, bias)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def added(x: tf.Tensor, bias: tf.Tensor) -> Any:
         return tf.nn.bias_add(x, bias), lambda upstream: (upstream, _sum_of_rows(upstream))
 
@@ -163,7 +163,7 @@ def _affine(inputs: tf.Tensor, kernel: tf.Tensor, bias: Any, kept: int) -> tf.Te
     if kept == 1 and len(sizes) == 1:
         return outputs
     outputs = tf.reshape(outputs, [*keras.ops.shape(inputs)[:kept], *sizes])
-    return tf.ensure_shape(outputs, [*inputs.shape[:kept], *sizes])
+    return fusion.shaped(outputs, [*inputs.shape[:kept], *sizes])
 
 
 def _affine_of(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
@@ -174,14 +174,15 @@ def _affine_of(rows: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None = None
     return add_bias(_apart(outputs) if outputs.dtype.size == 2 else outputs, bias)
 
 
-@tf.custom_gradient
+@fusion.custom_gradient
 def _apart(x: tf.Tensor) -> Any:
     """The same tensor, which grappler does not compute in one kernel with what is made of it next.
 
     oneDNN's product with a bias takes, in bfloat16 on a CPU with AMX, 1.1 to 1.9 times as long as the product and the
     bias in turns, the more the larger the kernel. In float32 it takes no longer, and nor does a fused convolution.
     """
-    return tf.raw_ops.Snapshot(input=x), lambda upstream: upstream  # takes the buffer of `x` over, without a copy
+    # Takes the buffer of `x` over, without a copy, and has no derivative.
+    return x if backend.forward_mode(x) else tf.raw_ops.Snapshot(input=x), lambda upstream: upstream
 
 
 def _spelled_out(equation: str, rank: int) -> str:

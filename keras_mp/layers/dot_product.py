@@ -119,7 +119,7 @@ def attend_with_scores(
         probabilities = drop(probabilities, seed, settings=_Settings(scale, False, None, rate))
     outputs = _join_heads(_without_hidden_rows(outputs, value, seen, hidden_rows_average))
     scores = tf.reshape(probabilities, [-1, heads, *(_size(probabilities, axis) for axis in (3, 4))])
-    return outputs, tf.ensure_shape(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])
+    return outputs, fusion.shaped(scores, [query.shape[0], heads, query.shape[1], key.shape[1]])
 
 
 def _attend(
@@ -175,7 +175,7 @@ def _swapped(x: Any) -> Any:
     """(B, T, N, D) to (B, N, T, D), and back."""
     if 1 in (x.shape[1], x.shape[2]):  # nothing changes its place
         shape = [_size(x, axis) for axis in (0, 2, 1, 3)]
-        return tf.ensure_shape(tf.reshape(x, shape), [x.shape[axis] for axis in (0, 2, 1, 3)])
+        return fusion.shaped(tf.reshape(x, shape), [x.shape[axis] for axis in (0, 2, 1, 3)])
     return tf.transpose(x, [0, 2, 1, 3])
 
 
@@ -183,14 +183,14 @@ def _split_heads(query: Any, groups: int) -> Any:
     """(B, T, heads, D) to (B, G, R, T, D)."""
     x = _swapped(query)
     shape = [_size(x, 0), groups, x.shape[1] // groups, _size(x, 2), x.shape[3]]
-    return tf.ensure_shape(tf.reshape(x, shape), [x.shape[0], *shape[1:3], x.shape[2], x.shape[3]])
+    return fusion.shaped(tf.reshape(x, shape), [x.shape[0], *shape[1:3], x.shape[2], x.shape[3]])
 
 
 def _join_heads(outputs: Any) -> Any:
     """(B, G, R, T, D) to (B, T, heads, D)."""
     _, groups, repeats, length, features = outputs.shape
     shape = [_size(outputs, 0), groups * repeats, _size(outputs, 3), _size(outputs, 4)]
-    x = tf.ensure_shape(tf.reshape(outputs, shape), [outputs.shape[0], groups * repeats, length, features])
+    x = fusion.shaped(tf.reshape(outputs, shape), [outputs.shape[0], groups * repeats, length, features])
     return _swapped(x)
 
 
@@ -215,7 +215,7 @@ def wide_dtype(dtype: Any) -> Any:
 def _set_size(x: Any, axis: int, size: int | None) -> Any:
     shape = x.shape.as_list()
     shape[axis] = size
-    return tf.ensure_shape(x, shape)
+    return fusion.shaped(x, shape)
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def _at_once(
     masks = {name: mask for name, mask in hides.items() if name != "seed"}
     whole = backend.in_xla_context()
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def attention(q: Any, k: Any, v: Any) -> Any:
         bounded, factor = _within_range(q, k)
         given = masks | {"factor": tf.stop_gradient(factor)}
@@ -421,7 +421,7 @@ def _at_once(
 def _in_blocks(q: Any, k: Any, v: Any, hides: dict[str, Any], settings: _Settings, fused: bool) -> tuple[Any, Any]:
     """Queries and keys in blocks; keeps q, k, v, the output and one number a row."""
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def attention(q: Any, k: Any, v: Any) -> Any:
         blocks = _Blocks(q, k, v, hides, settings)
         outputs, log_sums = _blocks_forward(blocks, fused)
@@ -438,7 +438,7 @@ def _in_blocks(q: Any, k: Any, v: Any, hides: dict[str, Any], settings: _Setting
 def _no_second_derivative(function: Any) -> Any:
     """The function, with a gradient that says why there is none: what the forward pass kept would count as constant."""
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def first(upstream: Any) -> Any:
         def second(*_: Any) -> Any:
             raise NotImplementedError(
@@ -483,11 +483,11 @@ class _Blocks:
 
     def joined_queries(self, x: Any, features: int) -> Any:
         """Back from `of_queries`."""
-        return tf.ensure_shape(_join(x, 3, self.length), [*self.query_shape[:-1], features])
+        return fusion.shaped(_join(x, 3, self.length), [*self.query_shape[:-1], features])
 
     def joined_keys(self, x: Any, features: int) -> Any:
         """Back from `of_keys`."""
-        return tf.ensure_shape(_join(x, 2, self.keys), [*self.key_shape[:-1], features])
+        return fusion.shaped(_join(x, 2, self.keys), [*self.key_shape[:-1], features])
 
     def columns_seen(self, row: Any) -> tuple[Any, Any]:
         """The first block of keys that a block of queries may see, and the one after the last."""
@@ -621,11 +621,11 @@ def _loop(body: Any, first: Any, last: Any, *state: Any) -> Any:
 
 
 def _put(blocks: Any, index: Any, block: Any) -> Any:
-    return tf.ensure_shape(tf.tensor_scatter_nd_update(blocks, [[index]], block[None]), blocks.shape)
+    return fusion.shaped(tf.tensor_scatter_nd_update(blocks, [[index]], block[None]), blocks.shape)
 
 
 def _add(blocks: Any, index: Any, block: Any) -> Any:
-    return tf.ensure_shape(tf.tensor_scatter_nd_add(blocks, [[index]], block[None]), blocks.shape)
+    return fusion.shaped(tf.tensor_scatter_nd_add(blocks, [[index]], block[None]), blocks.shape)
 
 
 def _smaller(block: int, length: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "rows_of"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -43,12 +43,23 @@ class Embedding(keras.layers.Embedding):
 
     def call(self, inputs: Any) -> Any:
         """Looks rows up; see the class."""
-        table = self.embeddings
-        # With LoRA it is a sum, and other tensors have lookups of their own in Keras.
-        if not isinstance(table, keras.Variable) or not isinstance(inputs, tf.Tensor):
-            return super().call(inputs)
-        if inputs.dtype not in (tf.int32, tf.int64):
-            inputs = tf.cast(inputs, tf.int32)
-        rows = tf.where(inputs < 0, inputs + table.shape[0], inputs)
-        # A Keras variable would be read before the lookup, TensorFlow's is not.
-        return tf.cast(tf.gather(table.value, rows), self.compute_dtype)
+        rows = rows_of(self, inputs)
+        return super().call(inputs) if rows is None else rows
+
+
+def rows_of(layer: Any, inputs: Any) -> Any:
+    """The rows of an embedding's table, of which no more is read; None where only Keras knows how to look them up.
+
+    Args:
+        layer: a Keras embedding.
+        inputs: tensor of whole numbers.
+    """
+    table = layer.embeddings
+    # With LoRA it is a sum, and other tensors have lookups of their own in Keras.
+    if not isinstance(table, keras.Variable) or not isinstance(inputs, tf.Tensor):
+        return None
+    if inputs.dtype not in (tf.int32, tf.int64):
+        inputs = tf.cast(inputs, tf.int32)
+    rows = tf.where(inputs < 0, inputs + table.shape[0], inputs)
+    # A Keras variable would be read before the lookup, TensorFlow's is not.
+    return tf.cast(tf.gather(table.value, rows), layer.compute_dtype)

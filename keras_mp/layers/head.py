@@ -5,11 +5,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, fusion
 from keras_mp.errors import ArgumentError
 from keras_mp.products import are_wide
 
-__all__ = ["Head"]
+__all__ = ["Head", "matmul"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -97,21 +97,29 @@ class Head(keras.layers.Dense):
         )
 
 
-def _matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: tf.DType, wide: bool) -> Any:
+def matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: tf.DType, wide: bool) -> Any:
     """Product of two matrices of one 16-bit dtype, summed in float32, with gradients of any order.
 
     TensorFlow's 16-bit product rounds its sums to 16 bits, except by XLA. Outside XLA a float32 result is that of a
     float32 product, exact in the products of 16-bit numbers (as NVIDIA's TF32 is), and half as fast as a 16-bit one.
     Where that is not so, on some CPUs, all are `wide`.
+
+    Args:
+        a: matrix.
+        b: matrix of the same dtype.
+        transpose_a: bool.
+        transpose_b: bool.
+        output_dtype: of the product, float32 or that of the matrices.
+        wide: whether to compute in float32, whatever the dtype.
     """
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def product(a: Any, b: Any) -> Any:
         def gradient(upstream: Any) -> tuple[Any, Any]:
             g = tf.cast(upstream, a.dtype)
             to_a = (b, g, transpose_b, True) if transpose_a else (g, b, False, not transpose_b)
             to_b = (g, a, True, transpose_a) if transpose_b else (a, g, not transpose_a, False)
-            return _matmul(*to_a, a.dtype, wide), _matmul(*to_b, b.dtype, wide)
+            return matmul(*to_a, a.dtype, wide), matmul(*to_b, b.dtype, wide)
 
         if output_dtype == a.dtype and not wide:
             return tf.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b), gradient
@@ -129,19 +137,19 @@ def _product(x: Any, kernel: Any) -> Any:
     """The product in float32 of 16-bit `x`, of any rank, and a kernel that is rounded to the dtype of `x`."""
     wide = backend.recording() and are_wide(x.dtype)  # else there is no gradient that would differ
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def product(x: Any, kernel: Any) -> Any:
         def gradient(upstream: Any) -> tuple[Any, Any]:
             g = tf.cast(upstream, x.dtype)
-            to_x = _matmul(g, tf.cast(kernel, x.dtype), False, True, x.dtype, wide)
+            to_x = matmul(g, tf.cast(kernel, x.dtype), False, True, x.dtype, wide)
             # XLA's product does not round the sums over the batch; TensorFlow's is the one that `Dense` has.
-            to_kernel = _matmul(x, g, True, False, tf.float32 if backend.in_xla_context() else x.dtype, wide)
+            to_kernel = matmul(x, g, True, False, tf.float32 if backend.in_xla_context() else x.dtype, wide)
             return to_x, tf.cast(to_kernel, kernel.dtype)
 
-        return _matmul(x, tf.cast(kernel, x.dtype), False, False, tf.float32, wide), gradient
+        return matmul(x, tf.cast(kernel, x.dtype), False, False, tf.float32, wide), gradient
 
     if len(x.shape) == 2:
         return product(x, kernel)
     y = product(tf.reshape(x, [-1, kernel.shape[0]]), kernel)
     y = tf.reshape(y, tf.concat([tf.shape(x)[:-1], [kernel.shape[1]]], 0))
-    return tf.ensure_shape(y, [*x.shape[:-1], kernel.shape[1]])
+    return fusion.shaped(y, [*x.shape[:-1], kernel.shape[1]])

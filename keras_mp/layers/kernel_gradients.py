@@ -40,7 +40,7 @@ def convolved(
         kernel: of the convolution.
     """
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(inputs: tf.Tensor, kernel: tf.Tensor) -> Any:
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return to_inputs(kernel, upstream), to_kernel(fusion.not_before(upstream, inputs), upstream)

@@ -298,7 +298,7 @@ def _windows(x: Any, size: tuple[int, ...], strides: tuple[int, ...], padding: s
     tiled = size == strides and all(n is not None and n % window == 0 for n, window in zip(spatial, size, strict=True))
     fused = fusion.pays(x)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any) -> Any:
         shape = keras.ops.shape(x)
 
@@ -331,7 +331,7 @@ def _mean(x: Any, axes: tuple[int, ...], keepdims: bool, output_dtype: str) -> A
     fused = fusion.pays(x)
     dtype, wide = x.dtype, windows.wide(x, output_dtype)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any) -> Any:
         shape = keras.ops.shape(x)
 
@@ -384,7 +384,7 @@ def _masked_mean(x: Any, mask: Any, axis: int, keepdims: bool, output_dtype: str
     wide = windows.wide(x, output_dtype)
     dtype = x.dtype if x.dtype.is_floating else tf.as_dtype(wide)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any, mask: Any) -> Any:
         settings = {"axis": axis, "keepdims": keepdims, "wide": wide}
 

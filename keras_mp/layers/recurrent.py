@@ -6,12 +6,24 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, products
+from keras_mp import backend, fusion, products
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "SimpleRNN", "SimpleRNNCell", "StackedRNNCells"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Cell",
+    "GRUCell",
+    "LSTMCell",
+    "SimpleRNN",
+    "SimpleRNNCell",
+    "StackedRNNCells",
+    "WideStates",
+    "masked",
+]
 
 
-class _Cell:
+class Cell:
     """What the cells share: 16-bit products, float32 between them.
 
     A cell adds up `sums`, of what the input and the state before contribute to each gate, and makes new states of them
@@ -22,10 +34,19 @@ class _Cell:
         super().__init__(*args, **kwargs)
         self.autocast = False  # the states that come are float32, and stay so
 
+    @property
+    def wide_dtype(self) -> str:
+        """The dtype of states and gates."""
+        return _wide(self)
+
     def get_initial_state(self: Any, batch_size: Any = None) -> list[Any]:
         """Zeros, in float32 or float64."""
         sizes = self.state_size if isinstance(self.state_size, (list, tuple)) else [self.state_size]
         return [keras.ops.zeros((batch_size, size), dtype=_wide(self)) for size in sizes]
+
+    def get_dropout_mask(self: Any, step_input: Any) -> Any:
+        """Keras's mask for the inputs, drawn in float32, as the share that drops out is another in 16 bits."""
+        return super().get_dropout_mask(tf.cast(step_input, _wide(self)))  # type: ignore[misc]
 
     def bias_of_sums(self: Any) -> Any:
         """What is added to `sums`, in float32, or None."""
@@ -66,7 +87,7 @@ class _Cell:
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class LSTMCell(_Cell, keras.layers.LSTMCell):
+class LSTMCell(Cell, keras.layers.LSTMCell):
     """One step of `LSTM`, for `RNN`, with a float32 state.
 
     A drop-in for `keras.layers.LSTMCell`, with the same arguments and weights. The products with both kernels have the
@@ -113,7 +134,7 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class GRUCell(_Cell, keras.layers.GRUCell):
+class GRUCell(Cell, keras.layers.GRUCell):
     """One step of `GRU`, for `RNN`, with a float32 state.
 
     A drop-in for `keras.layers.GRUCell`, with the same arguments and weights. The products with both kernels have the
@@ -154,9 +175,7 @@ class GRUCell(_Cell, keras.layers.GRUCell):
             return bias
         of_input, of_state = tf.unstack(bias)
         both, last = 2 * self.units, [self.units]
-        return tf.concat(
-            [of_input[:both] + of_state[:both], tf.ensure_shape(of_input[both:], last), of_state[both:]], 0
-        )
+        return tf.concat([of_input[:both] + of_state[:both], fusion.shaped(of_input[both:], last), of_state[both:]], 0)
 
     def sums(self: Any, x: Any, r: Any) -> Any:
         """Those of the update and the reset gate, and the two parts of the candidate, between which the reset stands.
@@ -202,7 +221,7 @@ class GRUCell(_Cell, keras.layers.GRUCell):
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class SimpleRNNCell(_Cell, keras.layers.SimpleRNNCell):
+class SimpleRNNCell(Cell, keras.layers.SimpleRNNCell):
     """One step of `SimpleRNN`, for `RNN`, with a float32 state.
 
     A drop-in for `keras.layers.SimpleRNNCell`, with the same arguments and weights. The products with both kernels have
@@ -280,7 +299,7 @@ class StackedRNNCells(keras.layers.StackedRNNCells):
         self.autocast = False  # the states that come are float32, and stay so
 
 
-class _WideStates:
+class WideStates:
     """What the layers share: states go through `call` in float32. Keras's casts them to the compute dtype."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -317,9 +336,11 @@ class _WideStates:
 
         # The random masks are drawn before the loop, once for all steps.
         self._maybe_config_dropout_masks(self.cell, sequences[:, 0, :], initial_state)
+        unroll, self.unroll = self.unroll, self.unroll or self._is_followed_in_graph(sequences, initial_state)
         last_output, outputs, states = self.inner_loop(
             sequences=sequences, initial_state=initial_state, mask=mask, training=training
         )
+        self.unroll = unroll
         self._maybe_reset_dropout_masks(self.cell)
         states = list(states)
         if self.stateful:
@@ -328,6 +349,13 @@ class _WideStates:
                     variable.assign(state)
         output = keras.ops.cast(outputs if self.return_sequences else last_output, self.compute_dtype)
         return (output, *states) if self.return_state else output
+
+    def _is_followed_in_graph(self: Any, sequences: Any, initial_state: Any) -> bool:
+        """Whether the loop must be written out, as a forward accumulator does not follow TensorFlow's in a graph."""
+        if tf.executing_eagerly() or not backend.recording() or sequences.shape[1] is None:
+            return False
+        weights = [backend.uncast(weight) for weight in self.weights]
+        return backend.forward_mode(sequences, *keras.tree.flatten(initial_state), *weights)
 
     def compute_output_spec(self: Any, sequences: Any, *args: Any, **kwargs: Any) -> Any:
         """The output and the states as symbolic tensors, of which Keras would say that all have the compute dtype."""
@@ -341,7 +369,7 @@ class _WideStates:
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class RNN(_WideStates, keras.layers.RNN):
+class RNN(WideStates, keras.layers.RNN):
     """Runs a cell, or several one after the other, over a sequence, with float32 states between the steps.
 
     A drop-in for `keras.layers.RNN`, with the same arguments. It keeps in float32 the states of the cells of
@@ -381,7 +409,7 @@ class RNN(_WideStates, keras.layers.RNN):
         super().__init__(StackedRNNCells(cell) if isinstance(cell, (list, tuple)) else cell, *args, **kwargs)
 
 
-class _Loop(_WideStates):
+class _Loop(WideStates):
     """What the layers with a cell of their own share: one product for all inputs, and a loop with its own gradient."""
 
     _cell_class: Any = None
@@ -418,10 +446,11 @@ class _Loop(_WideStates):
             states = [tf.cast(state, self.compute_dtype) for state in initial_state]
             return super().inner_loop(sequences, states, mask=mask, training=training)  # type: ignore[misc]
         masks_by_gate = getattr(cell, "implementation", 2) == 1 and cell.dropout
-        if (training and (cell.recurrent_dropout or masks_by_gate)) or not getattr(cell, "reset_after", True):
+        by_steps = (training and (cell.recurrent_dropout or masks_by_gate)) or not getattr(cell, "reset_after", True)
+        if by_steps or self._is_followed_in_graph(sequences, initial_state):
             return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask=mask, training=training)
         if training and 0 < cell.dropout < 1:
-            sequences *= cell.get_dropout_mask(sequences[:, 0, :])[:, None]
+            sequences = masked(sequences, cell.get_dropout_mask(sequences[:, 0, :])[:, None], sequences.dtype)
 
         x = tf.transpose(sequences, [1, 0, 2])
         if mask is not None:
@@ -591,7 +620,7 @@ def _map_states(cell: Any, states: Any, function: Callable[[Any, str], Any]) -> 
     """The answers of a function to each state, or its shape, and the dtype that the cell carries it in."""
     if isinstance(cell, StackedRNNCells):
         return [_map_states(each, state, function) for each, state in zip(cell.cells, states, strict=True)]
-    dtype = _wide(cell) if isinstance(cell, _Cell) else cell.compute_dtype
+    dtype = _wide(cell) if isinstance(cell, Cell) else cell.compute_dtype
     several = isinstance(states, list) or (isinstance(states, tuple) and not isinstance(states[-1], int))
     return [function(state, dtype) for state in states] if several else function(states, dtype)
 
@@ -603,7 +632,9 @@ def _checked_mask(mask: Any, sequences: Any) -> Any:
     mask = tf.convert_to_tensor(mask)
     if mask.shape.rank == 3 and mask.shape[2] == 1:  # as Keras's loop takes it, too
         mask = tf.squeeze(mask, 2)
-    if not mask.shape.is_compatible_with(sequences.shape[:2]):
+    # Of images, what `Masking` makes has a row or a pixel masked.
+    fits = mask.shape[:2].is_compatible_with(sequences.shape[:2]) and mask.shape.rank < sequences.shape.rank
+    if not fits:
         raise ValueError(
             f"The `mask` must be of shape (batch_size, steps), here {tuple(sequences.shape[:2])}. "
             f"Received: sequences.shape={tuple(sequences.shape)}, mask.shape={tuple(mask.shape)}"
@@ -615,13 +646,19 @@ def _zero_unless(there: Any, x: Any) -> Any:
     return tf.where(there, x, tf.zeros([], x.dtype))
 
 
+def masked(x: Any, mask: Any, dtype: Any) -> Any:
+    """What dropout leaves of `x`, multiplied in the dtype of the mask and rounded once."""
+    return tf.cast(tf.cast(x, mask.dtype) * mask, dtype)
+
+
 def _product(x: Any, kernel: Any, masks: Any, dtype: Any = None) -> Any:
     """`x @ kernel`, rounded to 16 bits; with a list of masks, one for each gate, the products of the masked `x`."""
     dtype = dtype or x.dtype
     if masks is None or not isinstance(masks, (list, tuple)):
-        return tf.matmul(tf.cast(x if masks is None else x * masks, dtype), tf.cast(kernel, dtype))
+        x = tf.cast(x, dtype) if masks is None else masked(x, masks, dtype)
+        return tf.matmul(x, tf.cast(kernel, dtype))
     kernels = tf.split(tf.cast(kernel, dtype), len(masks), 1)
-    return tf.concat([tf.matmul(tf.cast(x * mask, dtype), part) for mask, part in zip(masks, kernels, strict=True)], -1)
+    return tf.concat([tf.matmul(masked(x, mask, dtype), part) for mask, part in zip(masks, kernels, strict=True)], -1)
 
 
 def _loop(steps: Any, body: Callable[..., Sequence[Any]], variables: Sequence[Any], unroll: bool) -> Sequence[Any]:
@@ -689,7 +726,7 @@ def _recurrence(
         new = cell.gates(sums + bias[0] if bias else sums, *states)
         return [state if there is None else tf.where(there, state, old) for state, old in zip(new, states, strict=True)]
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any, kernel: Any, *others: Any) -> Any:
         states, bias = others[:count], others[count:]
         dtype = states[0].dtype

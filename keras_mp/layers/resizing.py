@@ -12,7 +12,7 @@ from keras_mp import backend, fusion
 from keras_mp.errors import ArgumentError
 from keras_mp.layers import windows
 
-__all__ = ["Resizing", "UpSampling2D"]
+__all__ = ["Resizing", "UpSampling2D", "repeat"]
 
 _INTERPOLATIONS = ("bilinear", "nearest", "lanczos3", "lanczos5", "bicubic", "area")
 
@@ -68,7 +68,7 @@ class UpSampling2D(keras.layers.UpSampling2D):
         """Enlarges `inputs`; see the class."""
         if self.interpolation == "nearest":
             counts = (1, 1, *self.size) if self.data_format == "channels_first" else (1, *self.size, 1)
-            return _repeat(tf.cast(inputs, self.compute_dtype), counts)
+            return repeat(tf.cast(inputs, self.compute_dtype), counts)
         x = tf.transpose(inputs, [0, 2, 3, 1]) if self.data_format == "channels_first" else inputs
         size = tuple(n * factor for n, factor in zip(keras.ops.shape(x)[1:3], self.size, strict=True))
         y = _resize(x, size, self.interpolation, False, self.compute_dtype)
@@ -261,7 +261,9 @@ def _resize(x: Any, size: tuple[Any, ...], method: str, antialias: bool, output_
     dtype, shape = x.dtype, keras.ops.shape(x)
     lengths = shape[1:3]
     # The kernels are quicker than matrix products, but answer in float32 at most, and XLA compiles few of them.
-    products = backend.in_xla_context() or (wide == "float64" and not nearest)
+    # And few of their gradients have gradients, as forward derivatives ask for.
+    differentiated = backend.forward_mode(x)
+    products = backend.in_xla_context() or (wide == "float64" and not nearest) or differentiated
     if backend.in_xla_context() and not all(isinstance(length, int) for length in (*lengths, *size)):
         raise ArgumentError(
             f"XLA cannot interpolate images whose height or width is not static. Received: shape {x.shape}. Give the "
@@ -272,7 +274,7 @@ def _resize(x: Any, size: tuple[Any, ...], method: str, antialias: bool, output_
         # TensorFlow's own gradient, which is given the image. Ours, for images in 16 bits, makes up one of zeros.
         return tf.cast(tf.image.resize(x, size, method, antialias=antialias), output_dtype)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any) -> Any:
         def gradient(upstream: Any) -> Any:
             g = tf.cast(upstream, wide)
@@ -280,7 +282,7 @@ def _resize(x: Any, size: tuple[Any, ...], method: str, antialias: bool, output_
                 return tf.cast(_by_products(g, lengths, size, method, antialias, transposed=True), dtype)
             return tf.cast(_kernel_gradient(g, shape, size, method, antialias), dtype)
 
-        if products and not nearest:
+        if products and (differentiated or not nearest):
             y = _by_products(tf.cast(x, wide), lengths, size, method, antialias)
         else:
             y = tf.image.resize(x if nearest else tf.cast(x, wide), size, method, antialias=antialias)
@@ -340,10 +342,16 @@ def _kernel_gradient(g: Any, shape: Any, size: Sequence[Any], method: str, antia
     return operation(grads=g, original_image=image, half_pixel_centers=True)
 
 
-def _repeat(x: Any, counts: tuple[int, ...]) -> Any:
+def repeat(x: Any, counts: tuple[int, ...]) -> Any:
+    """Repeats each element along each axis, with a gradient summed in float32.
+
+    Args:
+        x: of any shape.
+        counts: copies along each axis.
+    """
     dtype, fused = x.dtype.name, fusion.pays(x)
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: Any) -> Any:
         return windows.repeated(x, counts), lambda g: windows.window_sums(g, counts, dtype, fused=fused)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, fusion
 
 __all__ = ["in_replicas", "of_some"]
 
@@ -39,7 +39,7 @@ def of_some(function: Callable[[Any], tf.Tensor], inputs: Any, served: bool = Fa
         return function(inputs)
     rows = tf.shape(inputs)[0]
     some = tf.cond(rows > 0, lambda: inputs, lambda: tf.pad(inputs, [[0, 1], *[[0, 0]] * (inputs.shape.rank - 1)]))
-    outputs = function(tf.ensure_shape(some, [None, *inputs.shape[1:]]))
+    outputs = function(fusion.shaped(some, [None, *inputs.shape[1:]]))
     return tf.cond(rows > 0, lambda: outputs, lambda: outputs[:0])
 
 

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp import activations, fusion
+from keras_mp.activations.softmax import softmax_of_unknown_rank
 from keras_mp.errors import ArgumentError
 
 __all__ = ["Softmax"]
@@ -62,7 +63,7 @@ class Softmax(keras.layers.Softmax):
 
     def call(self, inputs: Any, mask: Any = None) -> Any:
         """Computes the probabilities; see the class for the arguments."""
-        axes = self._reduced_axes(inputs.shape)
+        axes = self._reduced_axes(inputs.shape) if inputs.shape.rank is not None else self._given_axes()
         x = inputs
         if keras.backend.standardize_dtype(x.dtype) != self.compute_dtype or x.dtype.size > 2:
             x = tf.cast(x, keras.backend.result_type(x.dtype, self.compute_dtype, "float32"))
@@ -70,7 +71,8 @@ class Softmax(keras.layers.Softmax):
             mask = _as_bool(mask, x)
             x = tf.where(mask, x, _lowest(x.dtype))
         in_one_pass = x.dtype.size == 2 or (x.dtype.size == 4 and fusion.pays(x))
-        outputs = activations.softmax_in_one_pass(x, tuple(axes)) if in_one_pass else _softmax(x, axes)
+        together = None if axes is None else tuple(axes)
+        outputs = activations.softmax_in_one_pass(x, together) if in_one_pass else _softmax(x, axes)
         if mask is not None:
             outputs = tf.where(mask, outputs, tf.zeros([], outputs.dtype))  # a row that is masked altogether
         return outputs if outputs.dtype == self.compute_dtype else tf.cast(outputs, self.compute_dtype)
@@ -80,12 +82,17 @@ class Softmax(keras.layers.Softmax):
         self._reduced_axes(input_shape)
         return input_shape
 
+    def _given_axes(self) -> list[int] | None:
+        """The axes as they were given, for an unknown rank; None for all."""
+        axis = self.axis
+        return list(axis) if isinstance(axis, (list, tuple)) else None if axis is None else [axis]
+
     def _reduced_axes(self, shape: Any) -> list[int]:
         """The axes that sum to one together, counted from the front, or Keras's error for one that is not there."""
         rank = len(shape)
         if self.axis is None:
             return list(range(rank))
-        axes = list(self.axis) if isinstance(self.axis, (list, tuple)) else [self.axis]
+        axes = self._given_axes() or []
         for axis in axes:
             if axis >= rank or axis < -rank:
                 raise ValueError(
@@ -102,6 +109,9 @@ class Softmax(keras.layers.Softmax):
 
 def _as_bool(mask: Any, x: Any) -> Any:
     """`mask` as booleans, or Keras's error where it does not broadcast to `x`."""
+    ranks = tf.TensorShape(mask.shape).rank, tf.TensorShape(x.shape).rank
+    if None in ranks:
+        return mask if mask.dtype == tf.bool else tf.greater(mask, tf.cast(0.5, mask.dtype))
     if len(mask.shape) > len(x.shape):
         raise ValueError(
             "The `mask` must be broadcastable to `inputs` and must not have more dimensions. "
@@ -121,9 +131,7 @@ def _lowest(dtype: Any) -> Any:
     return tf.constant(-float("inf") if dtype.size == 2 else dtype.min, dtype)
 
 
-def _softmax(x: Any, axes: list[int]) -> Any:
-    if len(axes) == 1:
+def _softmax(x: Any, axes: list[int] | None) -> Any:
+    if x.shape.rank is not None and axes is not None and len(axes) == 1:
         return keras.ops.softmax(x, axis=axes[0])  # unlike tf.nn.softmax, leaves Keras's losses a way to the logits
-    # exp(x - logsumexp(x)) would round the logsumexp of large logits to their last digit.
-    exp = tf.exp(x - tf.stop_gradient(tf.reduce_max(x, axes, keepdims=True)))
-    return exp / tf.reduce_sum(exp, axes, keepdims=True)
+    return softmax_of_unknown_rank(x, axes)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_mp import fusion
 
-__all__ = ["UnitNormalization"]
+__all__ = ["UnitNormalization", "unit"]
 
 # The shortest length that is divided by, as in Keras.
 _EPSILON = 1e-12
@@ -55,12 +55,20 @@ class UnitNormalization(keras.layers.UnitNormalization):
         self.compute_output_shape(inputs.shape)  # Keras's words for an axis that is out of bounds
         axes = self.axis if isinstance(self.axis, (list, tuple)) else [self.axis]
         dtype = keras.backend.result_type(inputs.dtype, self.compute_dtype, "float32")
-        return _unit(
-            inputs if inputs.dtype.is_floating else tf.cast(inputs, dtype),
-            axes=tuple(axis % len(inputs.shape) for axis in axes),
-            dtype=dtype,
-            output_dtype=self.compute_dtype,
-        )[0]
+        return unit(inputs, tuple(axis % len(inputs.shape) for axis in axes), dtype, self.compute_dtype)
+
+
+def unit(x: Any, axes: tuple[int, ...], dtype: str, output_dtype: str) -> Any:
+    """Vectors along some axes, made long 1; those of zeros stay zeros.
+
+    Args:
+        x: of any shape and dtype.
+        axes: counted from the front.
+        dtype: to compute in, at least float32.
+        output_dtype: of the answer.
+    """
+    x = x if x.dtype.is_floating else tf.cast(x, dtype)
+    return _unit(x, axes=axes, dtype=dtype, output_dtype=output_dtype)[0]
 
 
 def _unit_forward(x: Any, *, axes: tuple[int, ...], dtype: str, output_dtype: str) -> tuple[Any, Any]:

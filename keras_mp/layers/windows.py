@@ -29,7 +29,8 @@ def pool(x: Any, size: Sequence[int], strides: Sequence[int], padding: str) -> A
         padding: "VALID" or "SAME".
     """
     if len(size) < 3 or x.dtype != tf.float64:
-        return tf.nn.avg_pool(x, size, strides, padding)
+        # TensorFlow's forward derivative of three axes does not know the default layout.
+        return tf.nn.avg_pool(x, size, strides, padding, {1: "NWC", 2: "NHWC", 3: "NDHWC"}[len(size)])
     # A mean over a box is the mean of the means of its layers, padded or not.
     batch, depth, height, width, channels = keras.ops.shape(x)
     x = tf.nn.avg_pool2d(tf.reshape(x, [-1, height, width, channels]), size[1:], strides[1:], padding)
@@ -60,8 +61,15 @@ def pool_gradient(g: Any, shape: Any, size: Sequence[int], strides: Sequence[int
         g = tf.reshape(g, [batch * depth, small[1], small[2], channels])
         g = pool_gradient(g, [batch * depth, height, width, channels], size[1:], strides[1:], padding)
         return tf.reshape(g, [batch, depth, height, width, channels])
-    kernel = tf.raw_ops.AvgPoolGrad if len(size) == 2 else tf.raw_ops.AvgPool3DGrad
-    return kernel(orig_input_shape=shape, grad=g, ksize=[1, *size, 1], strides=[1, *strides, 1], padding=padding)
+    kernel, layout = (tf.raw_ops.AvgPoolGrad, "NHWC") if len(size) == 2 else (tf.raw_ops.AvgPool3DGrad, "NDHWC")
+    return kernel(
+        orig_input_shape=shape,
+        grad=g,
+        ksize=[1, *size, 1],
+        strides=[1, *strides, 1],
+        padding=padding,
+        data_format=layout,  # its gradient does not know the default
+    )
 
 
 @functools.cache
@@ -136,7 +144,7 @@ def window_sums(x: Any, counts: Sequence[int], dtype: str, *, fused: bool) -> An
     """
     number = math.prod(counts)
     # A mean of 2^n elements is their sum but for the exponent.
-    if number & (number - 1) == 0 and list(counts[::3]) == [1, 1] and takes_16_bits(x, dtype):
+    if number & (number - 1) == 0 and len(counts) == 4 and counts[0] == counts[3] == 1 and takes_16_bits(x, dtype):
         return tf.nn.avg_pool2d(x, counts[1:3], counts[1:3], "VALID") * tf.cast(number, dtype)
     return _sums_of(fused)(x, counts=tuple(counts), dtype=dtype, wide=wide(x, dtype))
 

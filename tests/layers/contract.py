@@ -138,6 +138,9 @@ def check_contract(case: Case, policy: str, folder: Path, strategy: tf.distribut
         _check_training_flag(case, layer, inputs, compute_dtype)
         _check_xla(case, layer, inputs, upstream, compute_dtype, output_dtype)
         _check_replicas(case, layer, inputs, upstream, compute_dtype, output_dtype, strategy)
+        _check_variables(case, layer, inputs, upstream, compute_dtype, output_dtype)
+        if policy in ("float32", "mixed_bfloat16"):  # it takes a second, and float16 goes the ways of bfloat16
+            _check_forward_mode(case, layer, inputs, compute_dtype)
     _check_masks(case, layer, inputs, compute_dtype)
     if policy == "float64" and case.differentiable and not case.random and output_dtype == "float64":
         _check_finite_differences(case, layer, inputs, upstream)
@@ -385,6 +388,48 @@ def _check_replicas(
         expected = answers(layer, *half)
         actual = {name: results[name][index] for name in expected}
         _assert_all_close(case, actual, expected, tolerance, f"replica {index}: ")
+    layer.set_weights(before)
+
+
+def _check_variables(
+    case: Case, layer: Any, inputs: Sequence[Any], upstream: Any, compute_dtype: str, output_dtype: str
+) -> None:
+    """Variables are inputs as tensors are, and have gradients."""
+    before = layer.get_weights()
+    given, pulled = [tf.cast(x, compute_dtype) for x in inputs], tf.cast(upstream, output_dtype)
+    expected = gradients_of(case, layer, given, pulled)
+    for of_keras in (False, True):
+        layer.set_weights(before)
+        variables = [keras.Variable(x, dtype=compute_dtype) if of_keras else tf.Variable(x) for x in given]
+        with tf.GradientTape() as tape:
+            y = case(layer, variables)
+            loss = tf.reduce_sum(tf.cast(y, pulled.dtype) * pulled)
+        np.testing.assert_array_equal(y, expected["y"])
+        for index, to_x in enumerate(tape.gradient(loss, [x.value if of_keras else x for x in variables])):
+            assert_close(to_x, expected[f"input {index}"], 1e-6, f"variable {index}")
+    layer.set_weights(before)
+
+
+def _check_forward_mode(case: Case, layer: Any, inputs: Sequence[Any], compute_dtype: str) -> None:
+    """A forward accumulator finds the derivative of the stock layer in float32, in eager code and in a graph."""
+    before = layer.get_weights()
+    rng = np.random.default_rng(1)
+    tangents = [tf.cast(tf.cast(rng.normal(0.0, 1.0, x.shape), compute_dtype), "float32") for x in inputs]
+
+    def derivative(layer: Any, inputs: Any, tangents: Any) -> Any:
+        with tf.autodiff.ForwardAccumulator(list(inputs), list(tangents)) as accumulator:
+            y = case(layer, inputs)
+        return accumulator.jvp(y)
+
+    stock = _stock_twin(case, layer)
+    try:
+        expected = derivative(stock, inputs, tangents)
+    except LookupError:  # kernels for images, whose gradients have none; they are linear
+        expected = case(stock, [x + t for x, t in zip(inputs, tangents, strict=True)]) - case(stock, inputs)
+    given = [[tf.cast(x, compute_dtype) for x in each] for each in (inputs, tangents)]
+    for run in (derivative, tf.function(derivative, autograph=False)):
+        layer.set_weights(before)
+        assert_close(run(layer, *given), expected, 2 * case.allows(compute_dtype), "forward derivative")
     layer.set_weights(before)
 
 

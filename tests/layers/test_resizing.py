@@ -1,5 +1,7 @@
 """Resizing: the contract, XLA in 16 bits, images in pipelines, and what the stock layers lose or refuse."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -282,3 +284,42 @@ def test_xla_refuses_sizes_that_are_not_static_in_words():
     step = tf.function(layer, jit_compile=True, input_signature=[tf.TensorSpec((2, None, 4, 1))])
     with pytest.raises(keras_mp.errors.ArgumentError, match="not static. .*type jit_compile=False"):
         step(tf.ones((2, 3, 4, 1)))
+
+
+def repeating(name, shape, **settings):
+    make = (
+        functools.partial(getattr(layers, name), **settings),
+        functools.partial(getattr(keras.layers, name), **settings),
+    )
+    return Case(*make, [shape], masked=False)  # Keras's layers do not pass masks on, and warn
+
+
+REPEATING = {
+    "RepeatVector": repeating("RepeatVector", (4, 5), n=3),
+    "UpSampling1D": repeating("UpSampling1D", (2, 3, 4), size=3),
+    "UpSampling3D": repeating("UpSampling3D", (2, 2, 1, 3, 2)),
+    "UpSampling3D, two axes": repeating("UpSampling3D", (2, 2, 1, 3, 2), size=(2, 2, 1)),
+    "UpSampling3D, channels first": repeating("UpSampling3D", (2, 2, 1, 3, 2), size=3, data_format="channels_first"),
+}
+
+
+@pytest.mark.parametrize(("name", "policy"), checked(REPEATING))
+def test_contract_of_repeating(name, policy, tmp_path, mirrored):
+    check_contract(REPEATING[name], policy, tmp_path, mirrored(2))
+
+
+def check_sum_of_copies(of):
+    x = tf.ones((1, 2), "float16")
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = of.RepeatVector(5000, dtype="mixed_float16")(x)
+    np.testing.assert_array_equal(tape.gradient(y, x), [[5000.0, 5000.0]])
+
+
+def test_the_gradients_of_copies_are_summed_in_float32():
+    check_sum_of_copies(layers)
+
+
+@pytest.mark.stock_defect
+def test_the_gradients_of_stock_copies_are_summed_in_float32():
+    check_sum_of_copies(keras.layers)

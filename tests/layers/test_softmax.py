@@ -33,6 +33,34 @@ def test_contract(name, policy, tmp_path, mirrored):
     check_contract(CASES[name], policy, tmp_path, mirrored(2))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("axis", [-1, 1, [1, -1], None])
+def test_an_unknown_rank(axis, policy):
+    dtype = policy.removeprefix("mixed_")
+    x = tf.constant(np.random.normal(size=(2, 3, 4)), dtype)
+    layer = layers.Softmax(axis=axis, dtype=policy)
+
+    @tf.function(input_signature=[tf.TensorSpec(None, dtype)] * 2)
+    def step(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return y, tape.gradient(y, x, upstream)
+
+    upstream = tf.constant(np.random.normal(size=x.shape), dtype)
+    expected = gradients(layer, x, upstream, {})
+    for actual, name in zip(step(x, upstream), ("y", "x"), strict=True):
+        assert_close(actual, expected[name], 1.6e-2 if dtype == "bfloat16" else 2e-3 if dtype == "float16" else 1e-6)
+
+
+def test_a_mask_and_an_unknown_rank():
+    layer = layers.Softmax(dtype="mixed_bfloat16")
+    signature = [tf.TensorSpec(None, tf.bfloat16), tf.TensorSpec(None, tf.bool)]
+    run = tf.function(lambda x, mask: layer(x, mask=mask), input_signature=signature)
+    x = tf.constant(np.random.normal(size=(2, 5)), "bfloat16")
+    np.testing.assert_array_equal(run(x, tf.constant(MASK)), layer(x, mask=tf.constant(MASK)))
+
+
 def test_second_derivatives_of_the_16_bit_softmax():
     x = tf.constant(np.random.normal(size=(3, 4)), "bfloat16")
     weights = tf.constant(np.random.normal(size=(3, 4)), "float32")
