@@ -11,11 +11,10 @@ import numpy as np
 
 from keras_mp import activations, backend, layers
 from keras_mp.errors import ConversionError, KerasMPWarning
-from keras_mp.optimizer import LossScaleOptimizer
-from keras_mp.policy import chosen_policy, needs_loss_scaling, stacklevel
+from keras_mp.policy import chosen_policy, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
-from keras_mp.training import Model
+from keras_mp.recompile import compile_alike
 
 __all__ = ["Float32Regularizer", "OutputCast", "convert", "duplicate"]
 
@@ -192,7 +191,7 @@ def duplicate(model: keras.Model) -> keras.Model:
         copy = rebuild(model)
     if isinstance(model, backend.Functional):
         copy.output_names = list(model.output_names)  # the keys of losses given by name
-    _compile_alike(model, copy, rebuild, keeps_wrapper=True)
+    compile_alike(model, copy, rebuild, keeps_wrapper=True)
     return copy
 
 
@@ -224,7 +223,7 @@ class _Conversion:
                 if self.outputs:
                     self.rebuild = Rebuild(self.choose)
                     converted = self.rebuild(self.model)
-        _compile_alike(self.model, converted, self.rebuild)
+        compile_alike(self.model, converted, self.rebuild)
         return converted
 
     def choose(self, layer: keras.Layer, path: str) -> Choice | None:
@@ -306,103 +305,6 @@ class _Conversion:
                     found = type(layer)
             error = error.__cause__ or error.__context__
         return found
-
-
-def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
-    """Compiles the copy as the model was, and carries over the state of the optimizers."""
-    if model.compiled:
-        arguments = backend.compile_arguments(model)
-        for name in ("metrics", "weighted_metrics"):
-            arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
-        arguments["optimizer"] = _carried(model.optimizer, model, converted, rebuild, keeps_wrapper)
-        # A `compile` of the user's has set attributes, which are copied already.
-        if isinstance(converted, Model):
-            arguments["jit_compile"] = model.get_compile_config()["jit_compile"]
-            Model.compile(converted, **arguments, auto_scale_loss=False)
-        else:
-            keras.Model.compile(converted, **arguments, auto_scale_loss=False)
-    for owner, name, optimizer in rebuild.optimizers:
-        setattr(owner, name, _carried(optimizer, model, converted, rebuild, keeps_wrapper))
-
-
-def _carried(
-    optimizer: keras.optimizers.Optimizer | None,
-    original: keras.Model,
-    model: keras.Model,
-    rebuild: Rebuild,
-    keeps_wrapper: bool = False,
-) -> keras.optimizers.Optimizer | None:
-    """A copy of an optimizer with its state, on the variables of the copy of a model, wrapped as that needs it."""
-    if optimizer is None:
-        return None
-    wrapped = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    inner = optimizer.inner_optimizer if wrapped else optimizer
-    outer = copy = _same_optimizer(inner)
-    originals = {id(variable): variable for variable in (*original.variables, *inner._trainable_variables)}
-    excluded, pattern = backend.excluded_from_weight_decay(inner, originals.values())
-    if excluded or pattern:
-        there = [rebuild.variables[id(variable)] for variable in excluded if id(variable) in rebuild.variables]
-        copy.exclude_from_weight_decay(there, [pattern] if pattern else None)
-    if wrapped if keeps_wrapper else needs_loss_scaling(model):
-        if keeps_wrapper or isinstance(optimizer, LossScaleOptimizer):
-            outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
-        elif wrapped:
-            outer = LossScaleOptimizer(copy, optimizer.initial_scale, optimizer.dynamic_growth_steps)
-        else:
-            outer = LossScaleOptimizer(copy)
-    if inner.built:
-        outer.build([rebuild.variables[id(variable)] for variable in inner._trainable_variables])
-        _assign_state(copy, _state(inner))
-        if wrapped and outer is not copy:
-            _assign_state(outer, _state(optimizer, without=inner))
-    return outer
-
-
-def _assign_state(optimizer: keras.optimizers.Optimizer, values: list[keras.Variable]) -> None:
-    """Gives an optimizer the state of another, which may list more variables or fewer.
-
-    Keras's own wrapper has less state than ours, and inside a wrapper Keras does not list what some optimizers keep for
-    variables that do not need it.
-    """
-    inner = getattr(optimizer, "inner_optimizer", None)
-    variables = _state(optimizer, without=inner)
-    if len(variables) != len(values):
-        known = {(value.name, value.shape) for value in values}
-        variables = [variable for variable in variables if (variable.name, variable.shape) in known]
-        known = {(variable.name, variable.shape) for variable in variables}
-        values = [value for value in values if (value.name, value.shape) in known]
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _same_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    config = optimizer.get_config()
-    if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-        config["learning_rate"] = optimizer._learning_rate  # it need not be one that Keras can make again
-    return _made_again(optimizer, config)
-
-
-def _state(optimizer: keras.optimizers.Optimizer, without: Any = None) -> list[keras.Variable]:
-    """The variables of an optimizer, those included that it does not list, as the product of momenta of Nadam."""
-    state = {id(variable): variable for variable in optimizer.variables}
-    state |= {id(value): value for value in vars(optimizer).values() if isinstance(value, keras.Variable)}
-    others = {id(variable) for variable in _state(without)} if without is not None else set()
-    return [variable for key, variable in state.items() if key not in others]
-
-
-def _fresh_metric(metric: Any) -> Any:
-    return _made_again(metric, metric.get_config()) if isinstance(metric, keras.Metric) else metric
-
-
-def _made_again(object: Any, config: dict[str, Any]) -> Any:
-    """A metric or an optimizer like another."""
-    try:
-        return type(object).from_config(config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConversionError(
-            f"{object.name!r} of class {type(object).__name__} cannot be made again from its configuration: {error} "
-            "Define `get_config`, and register functions with @keras.saving.register_keras_serializable()."
-        ) from error
 
 
 def _output_layers(model: keras.Layer) -> set[int]:

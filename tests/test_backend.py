@@ -441,14 +441,3 @@ def test_the_outputs_of_an_op_have_places_by_name():
     assert backend.output_places(nodes["TopKV2"]) == {"values": 0, "indices": 1}
     unknown = type(nodes["Split"])(op="NoSuchOp")
     assert backend.output_places(unknown) == {}
-
-
-def test_what_is_excluded_from_weight_decay_is_found():
-    """Rests on `_exclude_from_weight_decay`, `_exclude_from_weight_decay_pattern` and `_var_key` of optimizers."""
-    kernel, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
-    optimizer = keras.optimizers.AdamW()
-    assert backend.excluded_from_weight_decay(optimizer, [kernel, bias]) == ([], None)
-    optimizer.exclude_from_weight_decay(var_list=[bias], var_names=["norm", "scale"])
-    (found,), pattern = backend.excluded_from_weight_decay(optimizer, [kernel, bias])
-    assert found is bias
-    assert sorted(pattern.split("|")) == ["norm", "scale"]
