@@ -19,6 +19,7 @@ from keras_mp.errors import MissingTensorFlowError
 
 __all__ = [
     "auto_config",
+    "autocasting",
     "autocasts",
     "build",
     "built_already",
@@ -807,6 +808,19 @@ def copy_of_table(table: Any) -> Any:
     copy = type(table)(table.key_dtype, table.value_dtype, **arguments)
     copy.insert(keys, values)
     return copy
+
+
+@contextlib.contextmanager
+def autocasting(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Inside, layers read float32 variables in their compute dtype that otherwise they read as they are stored."""
+    found = [variable for variable in variables if not variable._autocast]
+    for variable in found:
+        variable._autocast = True
+    try:
+        yield
+    finally:
+        for variable in found:
+            variable._autocast = False
 
 
 def autocasts(variable: keras.Variable) -> bool:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["Copier", "holds_state"]
+__all__ = ["Copier", "holds_state", "items"]
 
 _TABLES = (tf.lookup.experimental.MutableHashTable, tf.lookup.experimental.DenseHashTable)
 _STATE = (
@@ -37,6 +37,8 @@ _FOREIGN = ("tensorflow", "numpy", "builtins", "threading", "logging")
 def holds_state(value: Any, kinds: "type | tuple[type, ...]" = _STATE) -> bool:
     """Whether an object is of some classes or leads to one that is: by items, attributes, closures or arguments.
 
+    What holds state of a model leads nowhere: a layer does not lead to what its parent holds.
+
     Args:
         value: any object.
         kinds: the classes. Defaults to all that hold state of a model.
@@ -53,10 +55,19 @@ def holds_state(value: Any, kinds: "type | tuple[type, ...]" = _STATE) -> bool:
         each = stack.pop()
         if isinstance(each, kinds):
             return True
-        if id(each) not in seen:
+        if id(each) not in seen and not isinstance(each, _STATE):
             seen.add(id(each))
             stack.extend(_parts(each))
     return False
+
+
+def items(value: Any) -> Iterator[Any]:
+    """The objects in nested lists, tuples, sets and dicts of any keys, or an object itself."""
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from items(each)
+    else:
+        yield value
 
 
 class Copier:
@@ -226,7 +237,8 @@ class Copier:
 
     def _tuple(self, value: Any) -> Any:
         copies = [self.value(each) for each in value]
-        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
+        kind: Any = value.__class__  # also where TensorFlow has put a wrapper around it
+        return kind(*copies) if hasattr(value, "_fields") else kind(copies)
 
     def _function(self, value: types.FunctionType) -> Any:
         cells = tuple(types.CellType() for _ in value.__closure__ or ())

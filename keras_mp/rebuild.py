@@ -19,10 +19,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend
-from keras_mp.copying import Copier, holds_state
+from keras_mp.copying import Copier, holds_state, items
 from keras_mp.errors import ConversionError
 
-__all__ = ["Choice", "Rebuild"]
+__all__ = ["Choice", "Rebuild", "quantized_alike"]
 
 # What a configuration holds by names. Plain functions, and those of TensorFlow and of `functools`.
 _WITHOUT_NAMES = (
@@ -203,7 +203,7 @@ class Rebuild(Copier):
             if name not in there and name not in of_keras and dropped and _tracks(copy, value):
                 backend.without_attribute(copy, name)
         own = [value for name, value in made.items() if name not in there and not same]
-        others = {id(each) for value in own for each in keras.tree.flatten(value)}
+        others = {id(each) for value in own for each in items(value)}
         self._finish(layer, copy, lambda each: id(each) in others)
         backend.set_dtype_policy(copy, choice.policy)
         if hasattr(copy, "finalize_state") and copy.built and copy.weights:
@@ -369,7 +369,7 @@ def _is_hidden(layer: keras.Layer, name: str, value: Any) -> bool:
     if type(value) in (list, dict, set):
         return True  # Keras would have made a list of its own of it
     kinds = (keras.Layer, keras.Variable, keras.Metric, keras.random.SeedGenerator)
-    found = [each for each in keras.tree.flatten(value) if isinstance(each, kinds)]
+    found = [each for each in items(value) if isinstance(each, kinds)]
     if found:
         return not any(_tracks(layer, each) for each in found)
     return isinstance(value, tf.__internal__.tracking.Trackable) and not backend.checkpointed(layer, name)
@@ -377,8 +377,8 @@ def _is_hidden(layer: keras.Layer, name: str, value: Any) -> bool:
 
 def _tracks(layer: keras.Layer, value: Any) -> bool:
     """Whether a layer tracks one of the objects in a value."""
-    known = {id(each) for items in backend.tracked(layer).values() for each in items}
-    return any(id(each) in known for each in keras.tree.flatten(value))
+    known = {id(each) for store in backend.tracked(layer).values() for each in store}
+    return any(id(each) in known for each in items(value))
 
 
 def _set_setting(copy: keras.Layer, name: str, value: Any) -> None:
@@ -413,6 +413,29 @@ def _made(
     return made
 
 
+def quantized_alike(policy: keras.DTypePolicy, wanted: keras.DTypePolicy) -> keras.DTypePolicy:
+    """What a policy becomes where another is wanted: quantized as before, and from the wanted one.
+
+    Args:
+        policy: that of a layer, quantized or not.
+        wanted: the other.
+
+    Returns:
+        `wanted` itself for a policy that is not quantized, and `policy` where Keras does not quantize from `wanted`.
+
+    Example:
+
+    >>> quantized_alike(keras.dtype_policies.get("int8_from_float32"), keras.DTypePolicy("mixed_bfloat16")).name
+    'int8_from_mixed_bfloat16'
+    """
+    if policy.quantization_mode is None or wanted.quantization_mode is not None:
+        return wanted
+    try:
+        return type(policy).from_config({**policy.get_config(), "source_name": wanted.name})
+    except ValueError:
+        return policy
+
+
 def _unquantized(policy: keras.DTypePolicy) -> keras.DTypePolicy:
     """The policy that a quantized one was made from."""
     if policy.quantization_mode is None:
@@ -426,7 +449,7 @@ def _fits(variable: keras.Variable, other: keras.Variable) -> bool:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Whether two attributes without state are the same, or objects of one class, which a configuration tells apart."""
+    """Whether two attributes without state are the same."""
     if value is other:
         return True
     if isinstance(value, (np.ndarray, tf.Tensor)) or isinstance(other, (np.ndarray, tf.Tensor)):
@@ -439,7 +462,7 @@ def _equal(value: Any, other: Any) -> bool:
             return type(value) is type(other) and bool(value == other)
         except (ValueError, TypeError):  # of arrays
             return False
-    return type(value) is type(other)
+    return isinstance(value, keras.DTypePolicy)  # each has its own
 
 
 @contextlib.contextmanager
@@ -502,4 +525,4 @@ def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _holds_layers(value: Any) -> bool:
-    return any(isinstance(each, keras.Layer) for each in keras.tree.flatten(value))
+    return any(isinstance(each, keras.Layer) for each in items(value))
