@@ -19,7 +19,6 @@ from keras_mp.errors import MissingTensorFlowError
 
 __all__ = [
     "auto_config",
-    "autocasting",
     "autocasts",
     "build",
     "built_already",
@@ -42,6 +41,7 @@ __all__ = [
     "make_function",
     "mask_of",
     "mirrored_strategy",
+    "names_of_tensorflow",
     "on_cpu",
     "one_device",
     "optimization_barrier",
@@ -50,6 +50,7 @@ __all__ = [
     "own_settings",
     "preprocessing_classes",
     "raise_from_graph",
+    "reading_in",
     "recording",
     "remapper_enabled",
     "renumber",
@@ -745,6 +746,14 @@ def lock_alike(layer: keras.Layer, copy: keras.Layer) -> None:
     copy._tracker.locked, copy._tracker._lock_violation_msg = layer._tracker.locked, layer._tracker._lock_violation_msg
 
 
+@functools.cache
+def names_of_tensorflow() -> frozenset[str]:
+    """The attributes in which TensorFlow keeps what it tracks on an object. Others may begin with `_self_` as well."""
+    tracking = tf.__internal__.tracking.AutoTrackable()
+    tracking.variable = tf.Variable(0)
+    return frozenset(vars(tracking)) - {"variable"} | {"_self_setattr_tracking"}
+
+
 def checkpointed(owner: Any, name: str) -> bool:
     """Whether TensorFlow saves an attribute in checkpoints, which it does not where it was set behind its back."""
     return name in getattr(owner, "_self_unconditional_dependency_names", ())
@@ -811,16 +820,19 @@ def copy_of_table(table: Any) -> Any:
 
 
 @contextlib.contextmanager
-def autocasting(variables: Iterable[keras.Variable]) -> Iterator[None]:
-    """Inside, layers read float32 variables in their compute dtype that otherwise they read as they are stored."""
-    found = [variable for variable in variables if not variable._autocast]
-    for variable in found:
-        variable._autocast = True
+def reading_in(dtype: str, variable: keras.Variable) -> Iterator[None]:
+    """Inside, a float variable that is read as it is stored is read in a dtype.
+
+    Args:
+        dtype: name of a float dtype.
+        variable: a Keras variable.
+    """
+    before, variable._autocast = variable._autocast, True
     try:
-        yield
+        with _AutocastScope(dtype):
+            yield
     finally:
-        for variable in found:
-            variable._autocast = False
+        variable._autocast = before
 
 
 def autocasts(variable: keras.Variable) -> bool:
@@ -904,7 +916,8 @@ def preprocessing_classes() -> tuple[type, ...]:
     names = ("Rescaling", "StringLookup")
     bases = [getattr(keras.layers, name).__base__ for name in names]
     own = ("CategoryEncoding", "HashedCrossing", "Hashing", "MelSpectrogram", "Pipeline", "STFTSpectrogram")
-    return (*bases, keras.layers.TextVectorization, *(getattr(keras.layers, name) for name in own))
+    others = (keras.layers.TextVectorization, keras.utils.FeatureSpace)
+    return (*bases, *others, *(getattr(keras.layers, name) for name in own))
 
 
 _before_training: list[Callable[[keras.Model], None]] = []

@@ -13,7 +13,7 @@ from keras_mp import activations, backend, layers
 from keras_mp.errors import ConversionError, KerasMPWarning
 from keras_mp.policy import chosen_policy, stacklevel
 from keras_mp.policy_map import PolicyMap
-from keras_mp.rebuild import Choice, Rebuild, quantized_alike
+from keras_mp.rebuild import Choice, Rebuild
 from keras_mp.recompile import compile_alike
 
 __all__ = ["Float32Regularizer", "OutputCast", "convert", "duplicate"]
@@ -227,7 +227,7 @@ class _Conversion:
         return converted
 
     def choose(self, layer: keras.Layer, path: str) -> Choice | None:
-        policy = quantized_alike(layer.dtype_policy, self.unquantized_policy_for(layer, path))
+        policy = self.policy_for(layer, path)
         narrow = policy.compute_dtype in _NARROW
         if isinstance(layer, OutputCast) and not narrow:
             return None
@@ -250,7 +250,7 @@ class _Conversion:
             arguments["activity_regularizer"] = penalty.regularizer
         return Choice(cls, policy, arguments)
 
-    def unquantized_policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
+    def policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
         if layer.compute_dtype not in (*_NARROW, "float32", self.model.compute_dtype):
             return layer.dtype_policy
         if isinstance(layer, self.stay):

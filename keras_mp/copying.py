@@ -181,7 +181,7 @@ class Copier:
         self.remember(value, copy)
         watched = isinstance(value, (keras.Metric, keras.optimizers.Optimizer, tf.Module))
         for name, each in _attributes(value).items():
-            if name.startswith("_self_"):
+            if name in backend.names_of_tensorflow():
                 continue  # what TensorFlow tracks, which it finds again by `setattr`
             copied = backend.tracker_like(each, self.value) if backend.is_tracker(each) else self.value(each)
             if watched:

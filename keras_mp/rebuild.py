@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from keras_mp import backend
 from keras_mp.copying import Copier, holds_state, items
 from keras_mp.errors import ConversionError
 
-__all__ = ["Choice", "Rebuild", "quantized_alike"]
+__all__ = ["Choice", "Rebuild"]
 
 # What a configuration holds by names. Plain functions, and those of TensorFlow and of `functools`.
 _WITHOUT_NAMES = (
@@ -42,7 +42,7 @@ class Choice:
 
     Attributes:
         cls: the class, which takes the configuration of the layer that it replaces and has the same weights.
-        policy: the dtype policy.
+        policy: the dtype policy. A layer that is quantized stays so, from this policy where Keras does that.
         arguments: what to change in the configuration.
     """
 
@@ -136,6 +136,7 @@ class Rebuild(Copier):
         if choice is None:
             self.copies[id(layer)] = None
             return
+        choice = replace(choice, policy=_quantized_alike(layer.dtype_policy, choice.policy))
         with _policy(_unquantized(choice.policy)):
             copy = None
             changes = choice.cls is not type(layer)
@@ -340,11 +341,7 @@ def _set_by_compile() -> frozenset[str]:
     model = keras.Sequential([keras.Input((1,), dtype="float32"), keras.layers.Dense(1, dtype="float32")])
     before = dict(vars(model))
     model.compile("sgd", "mse", metrics=["mse"], jit_compile=False)
-    return frozenset(
-        name
-        for name, value in vars(model).items()
-        if (name not in before or before[name] is not value) and not name.startswith("_self_")
-    )
+    return frozenset(name for name, value in vars(model).items() if name not in before or before[name] is not value)
 
 
 def _is_for_libraries(layer: keras.Layer, name: str) -> bool:
@@ -353,7 +350,7 @@ def _is_for_libraries(layer: keras.Layer, name: str) -> bool:
     And the strategy: a copy is of the scope that it is made in.
     """
     functions = ("train_function", "test_function", "predict_function", "_forward_backward")
-    if name.startswith("_self_") or name == "_distribute_strategy":
+    if name in backend.names_of_tensorflow() or name == "_distribute_strategy":
         return True
     if not isinstance(layer, keras.Model):
         return False
@@ -413,7 +410,7 @@ def _made(
     return made
 
 
-def quantized_alike(policy: keras.DTypePolicy, wanted: keras.DTypePolicy) -> keras.DTypePolicy:
+def _quantized_alike(policy: keras.DTypePolicy, wanted: keras.DTypePolicy) -> keras.DTypePolicy:
     """What a policy becomes where another is wanted: quantized as before, and from the wanted one.
 
     Args:
@@ -425,7 +422,7 @@ def quantized_alike(policy: keras.DTypePolicy, wanted: keras.DTypePolicy) -> ker
 
     Example:
 
-    >>> quantized_alike(keras.dtype_policies.get("int8_from_float32"), keras.DTypePolicy("mixed_bfloat16")).name
+    >>> _quantized_alike(keras.dtype_policies.get("int8_from_float32"), keras.DTypePolicy("mixed_bfloat16")).name
     'int8_from_mixed_bfloat16'
     """
     if policy.quantization_mode is None or wanted.quantization_mode is not None:

@@ -17,12 +17,14 @@ _OF_ONE_OBJECT = {
     *("_compile_loss", "_compile_metrics", "_loss_tracker", "train_function", "test_function", "predict_function"),
     *("_saved_model_arg_spec", "_saved_model_inputs_spec", "_compiled_trainable_state", "_layers", "_update"),
     *("_trainable_variables_indices", "_exclude_from_weight_decay", "_exclude_from_weight_decay_cache"),
-    *("call_signature_parameters", "_tracker"),
+    *("call_signature_parameters", "_tracker", "_self_setattr_tracking", "_self_saveable_object_factories"),
+    *("_self_unconditional_checkpoint_dependencies", "_self_unconditional_dependency_names"),
+    *("_self_unconditional_deferred_dependencies", "_self_update_uid", "_self_name_based_restores"),
 }
 # What another class in its place or another policy may change.
 _OF_THE_POLICY = {
     *("autocast", "_input_spec", "supports_jit", "_supports_masking", "activation", "activity_regularizer"),
-    *("recurrent_activation", "_convert_input_args", "_inverse_sqrt_key_dim", "_flash_attention"),
+    *("limit", "recurrent_activation", "_convert_input_args", "_inverse_sqrt_key_dim", "_flash_attention"),
 }
 
 
@@ -55,6 +57,8 @@ class _Walk:
         if isinstance(there, (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, np.dtype)):
             self.same("", there, here, where)
             return
+        if self.converted and isinstance(here, keras.optimizers.LossScaleOptimizer):
+            here = here.inner_optimizer if type(there) is not type(here) else here
         self.alive += [there, here]
         if id(there) in self.pairs:
             if self.pairs[id(there)] is not here and isinstance(there, _STATE):
@@ -71,6 +75,7 @@ class _Walk:
         for kinds, compare in (
             (keras.Layer, self.layers),
             (keras.Variable, self.variables),
+            (keras.KerasTensor, lambda a, b, w: self.same("shape", (a.shape, a.dtype), (b.shape, b.dtype), w)),
             (tf.Variable, lambda a, b, w: self.arrays(a, b, w)),
             (tf.random.Generator, lambda a, b, w: self.arrays(a.state, b.state, w)),
             ((keras.Optimizer, keras.Metric), self.trackers),
@@ -142,7 +147,7 @@ class _Walk:
     def attributes(self, there, here, where):
         ours = getattr(here, "__dict__", {})
         for name, value in dict(getattr(there, "__dict__", {})).items():
-            if name in _OF_ONE_OBJECT or name.startswith("_self_") or (self.converted and name in _OF_THE_POLICY):
+            if name in _OF_ONE_OBJECT or (self.converted and name in _OF_THE_POLICY):
                 continue
             if isinstance(value, keras.DTypePolicy) or (name == "_is_quantized"):
                 continue

@@ -205,7 +205,7 @@ ATTRIBUTES = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(ATTRIBUTES, st.sampled_from(["functional", "sequential", "nested", "subclassed"]), st.sampled_from(POLICIES[1:]))
 def test_nothing_is_lost_of_random_models(attributes, kind, policy):
     check(model_of(Holder(attributes), kind), [policy])
@@ -246,7 +246,7 @@ def lookups(mode):
 
 
 def prepared():
-    numbers = np.random.normal(50, 20, (6, 1)).astype("float32")
+    numbers = np.round(np.random.normal(50, 20, (6, 1))).astype("float32")  # that bfloat16 does not round further
     words = tf.constant(STRINGS)
     return {
         "string": words,
@@ -261,7 +261,7 @@ def prepared():
 
 class Inside(layers.Layer):
     def __init__(self, layer):
-        super().__init__()
+        super().__init__(autocast=False)
         self.inner = [{"layer": layer}]
 
     def call(self, x):
@@ -295,8 +295,9 @@ def test_adapted_layers_stay_adapted(mode):
         assert_same(keras_mp.convert(converted, "float32")(x)[:2], expected)
     copy = duplicate(model)
     assert_same(copy(x)[:2], expected)
-    copy.by_name["string"].adapt(np.array(["z"]))  # and the model's own stays
-    assert_same(model(x)[:2], expected)
+    if mode == "int":  # in others the number of words must stay
+        copy.by_name["string"].adapt(np.array(["z"]))  # and the model's own keeps what it has learnt
+        assert_same(model(x)[:2], expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -312,7 +313,8 @@ def test_feature_spaces_stay_adapted(graph, policy):
         crosses=[keras.utils.FeatureSpace.cross(("kind", "code"), 8)],
         output_mode="concat",
     )
-    x = {"age": normal(6) * 9, "size": normal(6), "kind": STRINGS, "code": np.arange(6)}
+    numbers = np.round(normal(2, 6) * 8) / 8  # that bfloat16 does not round
+    x = {"age": numbers[0], "size": numbers[1], "kind": STRINGS, "code": np.arange(6)}
     space.adapt(tf.data.Dataset.from_tensor_slices(x).batch(6))
 
     class Spaced(keras.Model):
@@ -325,7 +327,8 @@ def test_feature_spaces_stay_adapted(graph, policy):
 
     data = {name: tf.constant(each[:, None]) for name, each in x.items()}
     if graph:
-        model = keras.Model(space.get_inputs(), layers.Dense(2)(space.get_encoded_features()))
+        model = keras.Model(dict(space.get_inputs()), layers.Dense(2)(space.get_encoded_features()))
+        data = dict(sorted(data.items()))
         expected = model(data)
     else:
         model = Spaced()
@@ -388,7 +391,7 @@ def reversible():
             self.middle = layers.Dense(4)
 
         def call(self, x):
-            return self.table(self.middle(self.table(x)), reverse=True)
+            return keras.ops.cast(self.table(self.middle(self.table(x)), reverse=True), "float32")
 
     model, x = Tied(), np.arange(10).reshape(2, 5)
     model(x)
@@ -434,7 +437,7 @@ def test_lora_comes_along_both_ways(name):
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_quantization_comes_along_both_ways(name, mode):
     model, x, chosen = STRUCTURED[name]()
-    if mode not in chosen(model)[0].variable_serialization_spec:
+    if mode not in getattr(chosen(model)[0], "variable_serialization_spec", {"int8"}):
         pytest.skip("Keras does not quantize this layer so")
     converted = keras_mp.convert(model, "mixed_bfloat16")
     model.quantize(mode)
@@ -455,3 +458,193 @@ def test_quantization_comes_along_both_ways(name, mode):
     back = keras_mp.convert(converted, "float32")
     assert differences(converted, back, converted=True) == []
     close(back(x), converted(x), 0.1)
+
+
+def test_gptq_comes_along():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4), layers.Dense(2)])
+    config = keras.quantizers.GPTQConfig(dataset=None, tokenizer=None, weight_bits=4, group_size=4)
+    for layer in model.layers:
+        layer.quantize("gptq", config=config)
+        layer.quantized_kernel.assign(np.random.randint(0, 200, layer.quantized_kernel.shape))
+        layer.kernel_scale.assign(np.random.uniform(0.1, 0.2, layer.kernel_scale.shape))
+        layer.is_gptq_calibrated = True
+        del layer._kernel  # as Keras does once it is calibrated
+    x = normal(3, 8)
+    for policy in POLICIES:
+        copy = keras_mp.convert(model, policy)
+        assert differences(model, copy, converted=policy != "float32") == []
+        close(copy(x), model(x), 0 if policy == "float32" else 0.05)
+        np.testing.assert_array_equal(keras_mp.convert(copy, "float32")(x), model(x))
+
+
+def test_rematerialization_is_kept():
+    with keras.RematScope(mode="full"):
+        inputs = keras.Input((4,))
+        x = layers.Dense(4, name="dense")(inputs)
+        model = keras.Model(inputs, layers.MultiHeadAttention(2, 4, name="attention")(x[:, None], x[:, None]))
+    for policy in POLICIES:
+        converted = keras_mp.convert(model, policy)
+        for name in ("dense", "attention"):
+            assert converted.get_layer(name)._remat_mode == model.get_layer(name)._remat_mode
+        assert converted.get_layer("attention").query_dense._remat_mode is not None
+        converted.compile("sgd" if policy != "mixed_float16" else keras_mp.LossScaleOptimizer("sgd"), "mse")
+        converted.fit(normal(4, 4), normal(4, 1, 4), verbose=0)
+
+
+class Sticky(keras.optimizers.Optimizer):
+    """An optimizer of the user's, without a configuration, that builds anew whenever it is asked to."""
+
+    def __init__(self, rate, memory):
+        super().__init__(learning_rate=rate)
+        self.memory = memory
+
+    def build(self, variables):
+        super().build(variables)
+        self.speeds = [self.add_variable_from_reference(each, name="speed") for each in variables]
+        self.steps = self.add_variable((), dtype="float32", name="steps")
+
+    def update_step(self, gradient, variable, learning_rate):
+        speed = self.speeds[self._get_variable_index(variable)]
+        self.assign(speed, self.memory * speed + gradient)
+        self.assign_sub(variable, learning_rate * speed)
+
+
+class Growing(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule of the user's, with a variable."""
+
+    def __init__(self):
+        self.rate = keras.Variable(0.01, trainable=False, name="rate")
+
+    def __call__(self, step):
+        return self.rate * (1 + keras.ops.cast(step, "float32"))
+
+
+OPTIMIZERS = {
+    "custom": lambda: Sticky(0.1, 0.5),
+    "schedule": lambda: keras.optimizers.SGD(Growing(), momentum=0.5),
+    "callable": lambda: keras.optimizers.Adam(lambda: 0.01),
+    "factor": lambda: keras.optimizers.Adam(0.01, loss_scale_factor=128.0),
+    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+    "averaging": lambda: keras.optimizers.AdamW(0.01, use_ema=True, ema_overwrite_frequency=2),
+    "muon": lambda: keras.optimizers.Muon(0.01),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "ftrl": lambda: keras.optimizers.Ftrl(0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_go_on_from_where_they_were(name):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    model.compile(OPTIMIZERS[name](), "mse")
+    x, y = normal(8, 4), normal(8, 2)
+    model.fit(x, y, epochs=3, verbose=0)
+    copies = [duplicate(model), keras_mp.convert(keras_mp.convert(model, "mixed_float16"), "float32")]
+    for copy in copies:
+        assert differences(model, copy) == []
+    mixed = keras_mp.convert(model, "mixed_float16")
+    assert type(mixed.optimizer) is keras_mp.LossScaleOptimizer
+    mixed.fit(x, y, verbose=0)
+    for each in (model, *copies):
+        each.fit(x, y, epochs=2, verbose=0)
+    for copy in copies:
+        for ours, theirs in zip(copy.variables, model.variables, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_optimizers_may_know_variables_that_are_gone(policy):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    model.compile("adam", "mse")
+    model.fit(normal(8, 4), normal(8, 2), verbose=0)
+    model.pop()
+    model.add(layers.Dense(5))
+    converted = keras_mp.convert(model, policy)
+    inner = getattr(converted.optimizer, "inner_optimizer", converted.optimizer)
+    assert len(inner.variables) == len(model.optimizer.variables)
+    for ours, theirs in zip(inner.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    kernel = converted.layers[0].kernel
+    assert inner._get_variable_index(kernel) == 0
+    converted.compile(keras_mp.LossScaleOptimizer("adam"), "mse")
+    converted.fit(normal(8, 4), normal(8, 5), verbose=0)
+
+
+class Agent(keras.Model):
+    """Keeps optimizers in its own ways, before `compile` and without it."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = layers.Dense(2), layers.Dense(1)
+        self.optimizer = keras.optimizers.Adam(0.01)
+        self.loss = keras.losses.Huber()
+        self.others = {"critic": [keras.optimizers.SGD(0.01, momentum=0.5)]}
+        self.same = self.optimizer
+
+    def call(self, x):
+        return self.actor(x), self.critic(x)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_optimizers_on_attributes_of_any_name_are_wrapped_as_needed(policy):
+    agent = Agent()
+    agent(normal(1, 3))
+    agent.optimizer.build(agent.actor.trainable_variables)
+    converted = keras_mp.convert(agent, policy)
+    wrapped = policy == "mixed_float16"
+    for optimizer in (converted.optimizer, converted.others["critic"][0]):
+        assert isinstance(optimizer, keras_mp.LossScaleOptimizer) is wrapped
+    assert converted.same is converted.optimizer is not agent.optimizer
+    assert type(converted.loss) is keras.losses.Huber
+    inner = converted.optimizer.inner_optimizer if wrapped else converted.optimizer
+    assert inner._get_variable_index(converted.actor.kernel) == 0
+    back = keras_mp.convert(converted, "float32")
+    assert differences(agent, back) == []
+    assert type(back.optimizer) is keras.optimizers.Adam
+
+
+def test_models_in_a_model_stay_compiled():
+    class Gan(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.judge = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+            self.judge.compile(keras.optimizers.Adam(0.03), "mse")
+
+        def call(self, x):
+            return self.judge(x)
+
+    model = Gan()
+    model.judge.fit(normal(4, 4), normal(4, 1), verbose=0)
+    model(normal(1, 4))
+    mixed = keras_mp.convert(model, "mixed_float16")
+    assert type(mixed.judge.optimizer) is keras_mp.LossScaleOptimizer
+    mixed.judge.fit(normal(4, 4), normal(4, 1), verbose=0)
+    assert int(mixed.judge.optimizer.inner_optimizer.iterations) == 2
+    assert differences(model, keras_mp.convert(mixed, "mixed_bfloat16"), converted=True) != []
+    assert differences(model, duplicate(model)) == []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_teacher_is_copied_as_it_is_and_not_tracked(policy):
+    class Student(keras.Model):
+        def __init__(self, teacher):
+            super().__init__()
+            self.dense = layers.Dense(3)
+            hide(self, "teacher", teacher)
+            hide(self, "all", [self.dense, teacher])
+
+        def call(self, x):
+            return self.dense(x)
+
+    teacher = keras.Sequential([keras.Input((6,)), layers.LayerNormalization(), layers.Dense(3)])
+    x, y = normal(4, 6), normal(4, 3)
+    model = Student(teacher)
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)
+    converted = keras_mp.convert(model, policy)
+    assert len(converted.weights) == len(model.weights) == 2
+    assert converted.teacher is not teacher
+    assert converted.all == [converted.dense, converted.teacher]
+    assert [type(layer) for layer in converted.teacher.layers] == [type(layer) for layer in teacher.layers]
+    np.testing.assert_array_equal(converted.teacher(x), teacher(x))
+    converted.fit(x, y, verbose=0)
+    assert differences(model, keras_mp.convert(model, policy), converted=policy != "float32") == []

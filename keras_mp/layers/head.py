@@ -87,7 +87,7 @@ class Head(Quantizing, keras.layers.Dense):
         activation, self.activation = self.activation, None
         try:
             # Of float8, Keras takes the inputs and the kernel in the compute dtype.
-            with backend.autocasting([self._kernel]):
+            with backend.reading_in(self.compute_dtype, self._kernel):
                 x = super().quantized_call(keras.ops.cast(inputs, self.compute_dtype), training=training)
         finally:
             self.activation = activation
