@@ -746,9 +746,13 @@ def lock_alike(layer: keras.Layer, copy: keras.Layer) -> None:
     copy._tracker.locked, copy._tracker._lock_violation_msg = layer._tracker.locked, layer._tracker._lock_violation_msg
 
 
-@functools.cache
 def names_of_tensorflow() -> frozenset[str]:
     """The attributes in which TensorFlow keeps what it tracks on an object. Others may begin with `_self_` as well."""
+    return _names_of_tensorflow()
+
+
+@functools.cache
+def _names_of_tensorflow() -> frozenset[str]:
     tracking = tf.__internal__.tracking.AutoTrackable()
     tracking.variable = tf.Variable(0)
     return frozenset(vars(tracking)) - {"variable"} | {"_self_setattr_tracking"}
@@ -814,6 +818,11 @@ def copy_of_table(table: Any) -> Any:
     arguments = {"default_value": table._default_value}
     if isinstance(table, tf.lookup.experimental.DenseHashTable):
         arguments |= {"empty_key": table._empty_key, "deleted_key": table._deleted_key}
+        # It exports its empty places as well.
+        free = [tf.cast(key, keys.dtype) for key in (table._empty_key, table._deleted_key)]
+        axes = list(range(1, keys.shape.rank))
+        taken = tf.reduce_all([tf.reduce_any(tf.not_equal(keys, key), axes) for key in free], 0)
+        keys, values = keys[taken], values[taken]
     copy = type(table)(table.key_dtype, table.value_dtype, **arguments)
     copy.insert(keys, values)
     return copy

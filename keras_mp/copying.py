@@ -46,7 +46,7 @@ def holds_state(value: Any, kinds: "type | tuple[type, ...]" = _STATE) -> bool:
     Example:
 
     >>> layer = keras.layers.Dense(1)
-    >>> holds_state({"a": [lambda x: layer(x)]}), holds_state([1, "a"])
+    >>> holds_state({"a": [functools.partial(layer, training=True)]}), holds_state([1, "a"])
     (True, False)
     """
     seen: set[int] = set()

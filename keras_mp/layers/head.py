@@ -84,7 +84,8 @@ class Head(Quantizing, keras.layers.Dense):
 
     def quantized_call(self, inputs: Any, training: Any = None) -> Any:
         """Computes the same with a quantized kernel. Keras multiplies, and the activation is computed in float32."""
-        activation, self.activation = self.activation, None
+        activation = getattr(self, "activation", None)
+        self.activation = None
         try:
             if self.quantization_mode == "float8":  # of which Keras takes inputs and kernel in the compute dtype
                 with backend.reading_in(self.compute_dtype, self._kernel):
