@@ -22,51 +22,68 @@ __all__ = [
     "auto_config",
     "autocasts",
     "build",
+    "built_already",
     "call",
     "call_before_training",
+    "checkpointed",
     "compile_arguments",
     "compute_loss",
+    "copy_of_table",
     "dtype_as_read",
-    "excluded_from_weight_decay",
     "first_of_generator",
     "forward_mode",
     "in_xla_context",
     "inner_layers",
     "is_default_strategy",
     "is_functional",
+    "is_tracker",
     "layers_by_path",
     "lite_bytes",
     "lite_model",
     "lite_schema",
+    "lock_alike",
     "logits_of",
     "make_function",
     "mask_of",
     "mirrored_strategy",
+    "names_of_tensorflow",
     "on_cpu",
     "one_device",
     "optimization_barrier",
     "origin",
     "output_places",
+    "own_settings",
     "placeholder",
     "preprocessing_classes",
     "raise_from_graph",
+    "reading_in",
     "recording",
     "remapper_enabled",
+    "renumber",
     "run_through_graph",
     "runtime_started",
     "saving_to_h5",
     "scratch_graph",
     "seed_states",
     "set_auto_config",
+    "set_dtype_policy",
+    "set_path",
     "set_remapper",
+    "set_tracked",
     "share_of_batch",
+    "sources",
     "strategy_of",
     "tensorflow_variable",
+    "tracked",
+    "tracker_like",
+    "trained_by",
     "uncast",
+    "unlocked",
     "watched_calls",
     "with_logits",
     "with_mask",
     "without_all_reduce",
+    "without_attribute",
     "without_autocast",
     "without_log_lines",
     "without_remat",
@@ -181,6 +198,9 @@ from keras.src.models.model import functional_init_arguments as _functional_init
 
 # What Keras keeps the arguments of a constructor in.
 from keras.src.saving import serialization_lib as _serialization_lib  # noqa: E402
+
+# What keeps track of the variables and layers of a layer, which a copy has to list in the order of the original.
+from keras.src.utils.tracking import Tracker as _Tracker  # noqa: E402
 
 # The operation that XLA does not optimize across has no public name, and no gradient.
 from tensorflow.compiler.tf2xla.python import xla as _xla  # noqa: E402
@@ -665,16 +685,187 @@ def set_auto_config(layer: keras.Layer, arguments: "dict[str, Any] | None") -> N
     layer._auto_config = None if arguments is None else _serialization_lib.SerializableDict(**arguments)
 
 
-def excluded_from_weight_decay(
-    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
-) -> tuple[list[keras.Variable], "str | None"]:
-    """Which variables an optimizer was told to leave out of its weight decay, and the pattern of further ones' names.
+def set_dtype_policy(layer: keras.Layer, policy: keras.DTypePolicy) -> None:
+    """Sets the policy of a layer whose variables fit it already. The property would quantize the layer."""
+    layer._dtype_policy = policy
 
-    No configuration of an optimizer holds them.
+
+def set_path(variable: keras.Variable, path: str) -> None:
+    """Sets the path of a variable, which Keras makes of the name scopes that are open when it is created."""
+    variable._path = path
+
+
+# Attributes that every layer has from `keras.Layer`, which no public name tells from those of its class. A copy has
+# them from its own constructor. Of these a copy gets the value of the original; the others are tied to one object.
+_KEPT = ("_build_shapes_dict", "_call_context_args", "_call_has_context_arg", "_remat_mode")
+
+
+def own_settings(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
+    """Those attributes among some that hold a setting and not a part of the layer.
+
+    Args:
+        layer: a layer.
+        names: attributes that a constructor of Keras has set.
     """
-    keys = getattr(optimizer, "_exclude_from_weight_decay", ())
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    return [each for each in variables if optimizer._var_key(each) in keys], pattern and pattern.pattern
+    kinds = (bool, str, int, keras.layers.InputSpec, type(None))
+    there = vars(layer)
+    return {name: there[name] for name in names if name in there and (name in _KEPT or isinstance(there[name], kinds))}
+
+
+# What a layer, a metric or an optimizer tracks has no public name that tells one store from another and lists the items
+# in the order that `weights` has.
+def is_tracker(value: Any) -> bool:
+    """Whether an object is what Keras tracks the parts of another with."""
+    return isinstance(value, _Tracker)
+
+
+def tracked(owner: Any) -> dict[str, list[Any]]:
+    """What a layer, a metric or an optimizer tracks, by kind.
+
+    Args:
+        owner: one of these. Another object tracks nothing.
+    """
+    tracker = getattr(owner, "_tracker", None)
+    return {} if tracker is None else {name: list(items) for name, (_, items) in tracker.config.items()}
+
+
+def set_tracked(owner: Any, store: str, items: list[Any]) -> None:
+    """Sets what `tracked` tells of one kind."""
+    tracker = owner._tracker
+    kept = tracker.config[store][1]
+    if [*map(id, kept)] != [*map(id, items)]:
+        kept.clear()
+        kept.extend(items)
+    tracker.stored_ids[store] = set(map(id, items))
+
+
+def tracker_like(tracker: Any, list_of: Callable[[list[Any]], list[Any]]) -> Any:
+    """A tracker like another.
+
+    Args:
+        tracker: the other.
+        list_of: from a list that it keeps to the one that takes its place.
+    """
+    config = {name: (test, list_of(items)) for name, (test, items) in tracker.config.items()}
+    copy = _Tracker(config, exclusions=tracker.exclusions)
+    copy.stored_ids = {name: set(map(id, items)) for name, (_, items) in config.items()}
+    return copy
+
+
+@contextlib.contextmanager
+def unlocked(layer: keras.Layer) -> Iterator[None]:
+    """Inside, a layer that is built takes further variables and layers."""
+    tracker = layer._tracker
+    locked, message = tracker.locked, tracker._lock_violation_msg
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            tracker.lock(message)
+
+
+def lock_alike(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Has a copy take further variables and layers if the original does."""
+    copy._tracker.locked, copy._tracker._lock_violation_msg = layer._tracker.locked, layer._tracker._lock_violation_msg
+
+
+def names_of_tensorflow() -> frozenset[str]:
+    """The attributes in which TensorFlow keeps what it tracks on an object. Others may begin with `_self_` as well."""
+    return _names_of_tensorflow()
+
+
+@functools.cache
+def _names_of_tensorflow() -> frozenset[str]:
+    tracking = tf.__internal__.tracking.AutoTrackable()
+    tracking.variable = tf.Variable(0)
+    return frozenset(vars(tracking)) - {"variable"} | {"_self_setattr_tracking"}
+
+
+def checkpointed(owner: Any, name: str) -> bool:
+    """Whether TensorFlow saves an attribute in checkpoints, which it does not where it was set behind its back."""
+    return name in getattr(owner, "_self_unconditional_dependency_names", ())
+
+
+def without_attribute(layer: keras.Layer, name: str) -> None:
+    """Takes an attribute away. Keras's own way collects garbage, of the whole process, each time."""
+    tf.__internal__.tracking.AutoTrackable.__delattr__(layer, name)
+
+
+def renumber(
+    optimizer: keras.optimizers.Optimizer,
+    copy: keras.optimizers.Optimizer,
+    originals: Iterable[keras.Variable],
+    copy_of: Callable[[Any], Any],
+) -> None:
+    """Has a copy of an optimizer know the copies of variables by their own keys, in the strategy that it is made in.
+
+    Args:
+        optimizer: the original.
+        copy: its copy, that knows variables by the keys of the originals.
+        originals: variables, among them those that the optimizer was told to leave out of weight decay.
+        copy_of: from a variable to its copy.
+    """
+    copy._distribution_strategy = tf.distribute.get_strategy()
+    keys = {optimizer._var_key(variable): copy._var_key(copy_of(variable)) for variable in originals}
+    # Variables that the model no longer has are known as well, by keys that no other variable gets.
+    copy._trainable_variables_indices = {
+        keys.get(key, key): index for key, index in optimizer._trainable_variables_indices.items()
+    }
+    if hasattr(optimizer, "_exclude_from_weight_decay"):
+        copy._exclude_from_weight_decay = {keys[key] for key in optimizer._exclude_from_weight_decay if key in keys}
+        copy._exclude_from_weight_decay_cache = {}
+
+
+@contextlib.contextmanager
+def built_already(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Inside, `build` of an optimizer does nothing: not all of Keras's ask whether they are built."""
+    vars(optimizer)["build"] = lambda variables: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["build"]
+
+
+def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built on."""
+    return list(optimizer._trainable_variables)
+
+
+def copy_of_table(table: Any) -> Any:
+    """A copy of a lookup table that changes; nothing public tells what it was made with.
+
+    Args:
+        table: a `tf.lookup.experimental.MutableHashTable` or `DenseHashTable`.
+    """
+    keys, values = table.export()
+    arguments = {"default_value": table._default_value}
+    if isinstance(table, tf.lookup.experimental.DenseHashTable):
+        arguments |= {"empty_key": table._empty_key, "deleted_key": table._deleted_key}
+        # It exports its empty places as well.
+        free = [tf.cast(key, keys.dtype) for key in (table._empty_key, table._deleted_key)]
+        axes = list(range(1, keys.shape.rank))
+        taken = tf.reduce_all([tf.reduce_any(tf.not_equal(keys, key), axes) for key in free], 0)
+        keys, values = keys[taken], values[taken]
+    copy = type(table)(table.key_dtype, table.value_dtype, **arguments)
+    copy.insert(keys, values)
+    return copy
+
+
+@contextlib.contextmanager
+def reading_in(dtype: str, variable: keras.Variable) -> Iterator[None]:
+    """Inside, a float variable that is read as it is stored is read in a dtype.
+
+    Args:
+        dtype: name of a float dtype.
+        variable: a Keras variable.
+    """
+    before, variable._autocast = variable._autocast, True
+    try:
+        with _AutocastScope(dtype):
+            yield
+    finally:
+        variable._autocast = before
 
 
 def autocasts(variable: keras.Variable) -> bool:
@@ -713,6 +904,24 @@ def output_places(node: Any) -> dict[str, int]:
     return places
 
 
+def sources(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
+    """The inputs that a symbolic tensor is computed from."""
+    found: dict[int, keras.KerasTensor] = {}
+    stack, seen = [tensor], set()
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        history = each._keras_history
+        node = history.operation._inbound_nodes[history.node_index]
+        if node.input_tensors:
+            stack.extend(node.input_tensors)
+        else:
+            found[id(each)] = each
+    return list(found.values())
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """The arguments of the model's `compile`, as they were given; `get_compile_config` has lost what has no name."""
     return dict(model._compile_config.config)
@@ -740,7 +949,8 @@ def preprocessing_classes() -> tuple[type, ...]:
     names = ("Rescaling", "StringLookup")
     bases = [getattr(keras.layers, name).__base__ for name in names]
     own = ("CategoryEncoding", "HashedCrossing", "Hashing", "MelSpectrogram", "Pipeline", "STFTSpectrogram")
-    return (*bases, keras.layers.TextVectorization, *(getattr(keras.layers, name) for name in own))
+    others = (keras.layers.TextVectorization, keras.utils.FeatureSpace)
+    return (*bases, *others, *(getattr(keras.layers, name) for name in own))
 
 
 def scratch_graph() -> tf.Graph:

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_mp import activations, backend, layers
 from keras_mp.errors import ConversionError, KerasMPWarning
-from keras_mp.flow import flow_of, input_specs, is_foreign, trace
+from keras_mp.flow import Flow, flow_of, input_specs, is_foreign, trace
 from keras_mp.inserted import (
     Float32Operation,
     Float32Regularizer,
@@ -23,11 +23,10 @@ from keras_mp.inserted import (
     is_narrow,
     output_cast,
 )
-from keras_mp.optimizer import LossScaleOptimizer
-from keras_mp.policy import chosen_policy, named_policy, needs_loss_scaling, policies_in, stacklevel
+from keras_mp.policy import chosen_policy, named_policy, policies_in, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
-from keras_mp.training import Model
+from keras_mp.recompile import compile_alike
 
 __all__ = ["convert", "duplicate"]
 
@@ -128,7 +127,7 @@ def duplicate(model: keras.Model) -> keras.Model:
         copy = rebuild(model)
     if isinstance(model, backend.Functional):
         copy.output_names = list(model.output_names)  # the keys of losses given by name
-    _compile_alike(model, copy, rebuild, keeps_wrapper=True)
+    compile_alike(model, copy, rebuild, keeps_wrapper=True)
     return copy
 
 
@@ -148,7 +147,9 @@ class _Conversion:
         self.foreign = any(map(is_foreign, backend.layers_by_path(model).values()))
         specs = input_specs(model)
         flow, spec = flow_of(model, specs) if self.narrow else (None, None)
-        self.flow, self.specs = flow, specs if spec is None else [spec]
+        # What no trace tells of a model that is not built yet.
+        self.flow = Flow(last=_output_layers(model)) if flow is None else flow
+        self.specs = specs if spec is None else [spec]
         # The penalty of `ActivityRegularization` is taken of what it is given.
         self.stay = (*backend.preprocessing_classes(), layers.Float32, keras.layers.ActivityRegularization)
 
@@ -163,7 +164,7 @@ class _Conversion:
                 raise
             except Exception as error:
                 self.learn(attempt, error)
-        _compile_alike(self.model, converted, attempt.rebuild)
+        compile_alike(self.model, converted, attempt.rebuild)
         self.warn(converted, outputs, attempt)
         return converted
 
@@ -230,8 +231,6 @@ class _Attempt:
         self.rounded: list[str] = []
         self.running: list[keras.Operation] = []  # the layers that were being called when an error came
         self.rebuild = Rebuild(self.choose, self.finish_outputs, self.choose_operation)
-        # What no trace tells of a model that is not built yet.
-        self.last = _output_layers(self.model) if conversion.flow is None else set()
 
     def make(self) -> keras.Model:
         with warnings.catch_warnings(), np.errstate(over="raise"):
@@ -285,7 +284,7 @@ class _Attempt:
         elif not narrow and isinstance(penalty, Float32Regularizer):
             arguments["activity_regularizer"] = penalty.regularizer
         flow = self.conversion.flow
-        if flow is None or layer.quantization_mode is not None:
+        if layer.quantization_mode is not None:
             return Choice(cls, policy, arguments)
         output_dtype = None
         if policy.compute_dtype == "float32" and self.meets_16_bits(layer, path):
@@ -300,8 +299,7 @@ class _Attempt:
         return Choice(cls, policy, arguments, output_dtype, narrow and id(layer) in flow.losses)
 
     def policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
-        pinned = layer.compute_dtype not in (*_NARROW, "float32", self.model.compute_dtype)
-        if pinned or layer.quantization_mode is not None:
+        if layer.compute_dtype not in (*_NARROW, "float32", self.model.compute_dtype):
             return layer.dtype_policy
         if self.conversion.is_left(layer, path):
             self.in_float32.add(path)
@@ -315,18 +313,17 @@ class _Attempt:
         is_wide = type(layer) in (*_DENSE, keras.layers.ReversibleEmbedding, layers.ReversibleEmbedding)
         answers = self.is_last(layer, path) and not is_wide and not backend.inner_layers(layer)
         flow = self.conversion.flow
-        if answers or (flow is not None and not self.is_plain(path) and id(layer) in flow.exact):
+        if answers or (id(layer) in flow.exact and not self.is_plain(path)):
             self.in_float32.add(path)
             return keras.DTypePolicy("float32")
-        if flow is not None and id(layer) in flow.losses and not backend.inner_layers(layer):
+        if id(layer) in flow.losses and not backend.inner_layers(layer):
             return keras.DTypePolicy("float32")
-        if flow is not None and id(layer) in flow.own_code and type(layer) not in self.conversion.plain:
+        if id(layer) in flow.own_code and type(layer) not in self.conversion.plain:
             return keras.DTypePolicy("float32")  # for its own code alone
         return wanted
 
     def is_last(self, layer: keras.Layer, path: str) -> bool:
-        last = self.last if self.conversion.flow is None else self.conversion.flow.last
-        return id(layer) in last and not self.is_plain(path)
+        return id(layer) in self.conversion.flow.last and not self.is_plain(path)
 
     def is_plain(self, path: str) -> bool:
         """Whether a layer stands in the code of one that bears no float32 number among 16-bit ones."""
@@ -364,8 +361,9 @@ class _Attempt:
     def choose_operation(self, operation: Any, copy: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(copy, Float32Operation):
             copy = copy.operation
-        tail = self.conversion.flow is not None and id(operation) in self.conversion.flow.tail
-        return float32_operation(copy, args, kwargs, tail) if self.conversion.narrow else copy
+        if not self.conversion.narrow:
+            return copy
+        return float32_operation(copy, args, kwargs, id(operation) in self.conversion.flow.tail)
 
     def finish_outputs(self, outputs: Any) -> Any:
         if not any(map(is_narrow, keras.tree.flatten(outputs))):
@@ -388,103 +386,6 @@ class _Attempt:
         # What a layer of the user's hands to one of Keras's is the user's doing.
         foreign = [layer for layer in dict.fromkeys(found) if is_foreign(layer)]
         return foreign or list(dict.fromkeys(found))
-
-
-def _compile_alike(model: keras.Model, converted: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
-    """Compiles the copy as the model was, and carries over the state of the optimizers."""
-    if model.compiled:
-        arguments = backend.compile_arguments(model)
-        for name in ("metrics", "weighted_metrics"):
-            arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
-        arguments["optimizer"] = _carried(model.optimizer, model, converted, rebuild, keeps_wrapper)
-        # A `compile` of the user's has set attributes, which are copied already.
-        if isinstance(converted, Model):
-            arguments["jit_compile"] = model.get_compile_config()["jit_compile"]
-            Model.compile(converted, **arguments, auto_scale_loss=False)
-        else:
-            keras.Model.compile(converted, **arguments, auto_scale_loss=False)
-    for owner, name, optimizer in rebuild.optimizers:
-        setattr(owner, name, _carried(optimizer, model, converted, rebuild, keeps_wrapper))
-
-
-def _carried(
-    optimizer: keras.optimizers.Optimizer | None,
-    original: keras.Model,
-    model: keras.Model,
-    rebuild: Rebuild,
-    keeps_wrapper: bool = False,
-) -> keras.optimizers.Optimizer | None:
-    """A copy of an optimizer with its state, on the variables of the copy of a model, wrapped as that needs it."""
-    if optimizer is None:
-        return None
-    wrapped = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    inner = optimizer.inner_optimizer if wrapped else optimizer
-    outer = copy = _same_optimizer(inner)
-    originals = {id(variable): variable for variable in (*original.variables, *inner._trainable_variables)}
-    excluded, pattern = backend.excluded_from_weight_decay(inner, originals.values())
-    if excluded or pattern:
-        there = [rebuild.variables[id(variable)] for variable in excluded if id(variable) in rebuild.variables]
-        copy.exclude_from_weight_decay(there, [pattern] if pattern else None)
-    if wrapped if keeps_wrapper else needs_loss_scaling(model):
-        if keeps_wrapper or isinstance(optimizer, LossScaleOptimizer):
-            outer = type(optimizer)(**{**optimizer.get_config(), "inner_optimizer": copy})
-        elif wrapped:
-            outer = LossScaleOptimizer(copy, optimizer.initial_scale, optimizer.dynamic_growth_steps)
-        else:
-            outer = LossScaleOptimizer(copy)
-    if inner.built:
-        outer.build([rebuild.variables[id(variable)] for variable in inner._trainable_variables])
-        _assign_state(copy, _state(inner))
-        if wrapped and outer is not copy:
-            _assign_state(outer, _state(optimizer, without=inner))
-    return outer
-
-
-def _assign_state(optimizer: keras.optimizers.Optimizer, values: list[keras.Variable]) -> None:
-    """Gives an optimizer the state of another, which may list more variables or fewer.
-
-    Keras's own wrapper has less state than ours, and inside a wrapper Keras does not list what some optimizers keep for
-    variables that do not need it.
-    """
-    inner = getattr(optimizer, "inner_optimizer", None)
-    variables = _state(optimizer, without=inner)
-    if len(variables) != len(values):
-        known = {(value.name, value.shape) for value in values}
-        variables = [variable for variable in variables if (variable.name, variable.shape) in known]
-        known = {(variable.name, variable.shape) for variable in variables}
-        values = [value for value in values if (value.name, value.shape) in known]
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _same_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    config = optimizer.get_config()
-    if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-        config["learning_rate"] = optimizer._learning_rate  # it need not be one that Keras can make again
-    return _made_again(optimizer, config)
-
-
-def _state(optimizer: keras.optimizers.Optimizer, without: Any = None) -> list[keras.Variable]:
-    """The variables of an optimizer, those included that it does not list, as the product of momenta of Nadam."""
-    state = {id(variable): variable for variable in optimizer.variables}
-    state |= {id(value): value for value in vars(optimizer).values() if isinstance(value, keras.Variable)}
-    others = {id(variable) for variable in _state(without)} if without is not None else set()
-    return [variable for key, variable in state.items() if key not in others]
-
-
-def _fresh_metric(metric: Any) -> Any:
-    return _made_again(metric, metric.get_config()) if isinstance(metric, keras.Metric) else metric
-
-
-def _made_again(object: Any, config: dict[str, Any]) -> Any:
-    """A metric or an optimizer like another."""
-    try:
-        return type(object).from_config(config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConversionError(
-            f"{object.name!r} of class {type(object).__name__} cannot be made again from its configuration: {error} "
-            "Define `get_config`, and register functions with @keras.saving.register_keras_serializable()."
-        ) from error
 
 
 def _output_layers(model: keras.Layer) -> set[int]:

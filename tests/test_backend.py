@@ -467,17 +467,6 @@ def test_the_outputs_of_an_op_have_places_by_name():
     assert backend.output_places(unknown) == {}
 
 
-def test_what_is_excluded_from_weight_decay_is_found():
-    """Rests on `_exclude_from_weight_decay`, `_exclude_from_weight_decay_pattern` and `_var_key` of optimizers."""
-    kernel, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
-    optimizer = keras.optimizers.AdamW()
-    assert backend.excluded_from_weight_decay(optimizer, [kernel, bias]) == ([], None)
-    optimizer.exclude_from_weight_decay(var_list=[bias], var_names=["norm", "scale"])
-    (found,), pattern = backend.excluded_from_weight_decay(optimizer, [kernel, bias])
-    assert found is bias
-    assert sorted(pattern.split("|")) == ["norm", "scale"]
-
-
 def test_forward_mode_tells_whether_an_accumulator_follows():
     """Rests on `tensorflow.python.eager.forwardprop_util.pack_tangents`."""
     x, weight, other = tf.constant(2.0), tf.Variable(3.0), tf.constant(1.0)
@@ -496,3 +485,90 @@ def test_the_cell_of_convolutional_lstms_is_the_class_that_its_layers_make():
     """Rests on `keras.src.layers.rnn.conv_lstm.ConvLSTMCell`."""
     for name in ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"):
         assert type(getattr(keras.layers, name)(1, 1).cell) is backend.ConvLSTMCell
+def test_what_is_tracked_is_listed_and_set():
+    """Rests on `_tracker` of layers and optimizers: its `config`, `stored_ids`, `locked` and `_lock_violation_msg`."""
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    assert backend.tracked(layer)["trainable_variables"] == [layer.kernel, layer.bias]
+    backend.set_tracked(layer, "trainable_variables", [layer.bias, layer.kernel])
+    assert layer.weights == [layer.bias, layer.kernel]
+    with backend.unlocked(layer):
+        layer.other = keras.layers.Dense(1)
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.another = keras.layers.Dense(1)
+    open_layer = keras.layers.Dense(2)
+    backend.lock_alike(open_layer, layer)
+    layer.another = keras.layers.Dense(1)
+    optimizer = keras.optimizers.SGD()
+    assert optimizer.iterations in backend.tracked(optimizer)["variables"]
+    assert backend.is_tracker(optimizer._tracker)
+    assert not backend.is_tracker(layer)
+    assert backend.tracker_like(optimizer._tracker, list).is_in_store("variables", optimizer.iterations)
+
+
+def test_attributes_of_keras_and_tensorflow_are_told_from_others():
+    """Rests on `_path`, `_dtype_policy`, `_remat_mode` and `_self_unconditional_dependency_names`."""
+    with keras.RematScope("full"):
+        layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    settings = backend.own_settings(layer, vars(keras.layers.Layer()))
+    assert settings["_remat_mode"].mode == "full"
+    assert settings["built"] is True
+    assert "_layers" not in settings
+    backend.set_dtype_policy(layer, keras.DTypePolicy("mixed_bfloat16"))
+    assert layer.compute_dtype == "bfloat16"
+    backend.set_path(layer.kernel, "a/kernel")
+    assert layer.kernel.path == "a/kernel"
+    layer._self_attention = 3
+    assert "_self_attention" not in backend.names_of_tensorflow()
+    assert "_self_setattr_tracking" in backend.names_of_tensorflow()
+    assert backend.checkpointed(layer, "_kernel")
+    assert not backend.checkpointed(layer, "_self_attention")
+    backend.without_attribute(layer, "_self_attention")
+    assert not hasattr(layer, "_self_attention")
+
+
+def test_a_copy_of_an_optimizer_knows_the_copies_of_variables():
+    """Rests on `_var_key`, `_trainable_variables_indices`, `_exclude_from_weight_decay` and `_trainable_variables`."""
+    pairs = {}
+    for name in ("kernel", "bias"):
+        original = keras.Variable([1.0], name=name)
+        pairs[id(original)] = (original, keras.Variable([1.0], name=name))
+    (kernel, copied), (bias, _) = pairs.values()
+    optimizer, copy = (keras.optimizers.SGD(0.1, weight_decay=1.0) for _ in range(2))
+    optimizer.exclude_from_weight_decay([kernel])
+    optimizer.build([kernel, bias])
+    assert backend.trained_by(optimizer) == [kernel, bias]
+    backend.renumber(optimizer, copy, [kernel, bias], lambda variable: pairs[id(variable)][1])
+    assert copy._get_variable_index(copied) == 0
+    assert not copy._use_weight_decay(copied)
+    with backend.built_already(copy):
+        copy.build([kernel])
+    assert backend.trained_by(copy) == []
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_tables_are_copied(dense):
+    """Rests on `_default_value`, `_empty_key` and `_deleted_key` of lookup tables."""
+    if dense:
+        table = tf.lookup.experimental.DenseHashTable(tf.int64, tf.float32, -1.0, empty_key=0, deleted_key=-1)
+    else:
+        table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, -1.0)
+    table.insert(tf.constant([5, 6], tf.int64), [1.0, 2.0])
+    copy = backend.copy_of_table(table)
+    table.insert(tf.constant([5], tf.int64), [9.0])
+    assert copy.lookup(tf.constant([5, 6, 7], tf.int64)).numpy().tolist() == [1.0, 2.0, -1.0]
+
+
+def test_a_symbolic_tensor_tells_its_inputs():
+    """Rests on `_keras_history` and `_inbound_nodes`."""
+    a, b, _ = keras.Input((2,)), keras.Input((2,)), keras.Input((2,))
+    assert {id(each) for each in backend.sources(keras.layers.Dense(1)(a + b) + a)} == {id(a), id(b)}
+
+
+def test_a_variable_is_read_in_another_dtype():
+    """Rests on `_autocast` of a variable and `AutocastScope`."""
+    variable = keras.Variable([1.0], autocast=False)
+    with backend.reading_in("bfloat16", variable):
+        assert keras.ops.convert_to_tensor(variable).dtype == tf.bfloat16
+    assert keras.ops.convert_to_tensor(variable).dtype == tf.float32

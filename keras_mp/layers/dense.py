@@ -15,12 +15,13 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend, fusion, products
+from keras_mp.layers.quantizing import Quantizing
 
 __all__ = ["Dense", "EinsumDense", "add_bias"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class Dense(keras.layers.Dense):
+class Dense(Quantizing, keras.layers.Dense):
     """A dense layer whose gradient to the bias is summed in float32.
 
     A drop-in for `keras.layers.Dense`, with the same arguments and weights. For a model's output see `Head`.
@@ -61,7 +62,7 @@ class Dense(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class EinsumDense(keras.layers.EinsumDense):
+class EinsumDense(Quantizing, keras.layers.EinsumDense):
     """A dense layer over several axes that multiplies two matrices, and sums the gradient to the bias in float32.
 
     A drop-in for `keras.layers.EinsumDense`, with the same arguments and weights. Equations whose kernel has the last

@@ -5,11 +5,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_mp.layers.quantizing import Quantizing
+
 __all__ = ["Embedding", "rows_of"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class Embedding(keras.layers.Embedding):
+class Embedding(Quantizing, keras.layers.Embedding):
     """Turns whole numbers into rows of a table, and reads only these rows of it.
 
     A drop-in for `keras.layers.Embedding`, with the same arguments, weights and numbers. Keras reads the whole table

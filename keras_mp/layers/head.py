@@ -6,14 +6,14 @@ import keras
 import tensorflow as tf
 
 from keras_mp import backend, fusion
-from keras_mp.errors import ArgumentError
+from keras_mp.layers.quantizing import Quantizing
 from keras_mp.products import are_wide
 
 __all__ = ["Head", "matmul"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class Head(keras.layers.Dense):
+class Head(Quantizing, keras.layers.Dense):
     """A dense layer for the output of a model, that answers in float32 whatever the dtype policy is.
 
     A drop-in for `keras.layers.Dense`, with the same arguments and weights. Keras files weights under the name of the
@@ -29,7 +29,7 @@ class Head(keras.layers.Dense):
         use_bias: bool, whether there is a bias. Defaults to True.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
             kernel_constraint, bias_constraint, lora_rank, lora_alpha: as in Keras.
-        **kwargs: `name`, `dtype` and the other arguments of a Keras layer. Quantized dtype policies are refused.
+        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
 
     Call arguments:
         inputs: tensor of shape (batch, ..., features); float16, bfloat16, float32, float64 or integers.
@@ -39,8 +39,6 @@ class Head(keras.layers.Dense):
 
     Raises:
         ValueError: if `units` is not a positive int, or the rank or the last axis of `inputs` is not as built.
-        keras_mp.errors.ArgumentError: if `dtype` is a quantized policy.
-        NotImplementedError: from `quantize`.
 
     Example:
         >>> import keras_mp
@@ -59,11 +57,6 @@ class Head(keras.layers.Dense):
                 f"Received an invalid value for `units`, expected a positive integer. Received: units={units}"
             )
         super().__init__(units, activation=activation, use_bias=use_bias, **kwargs)
-        if self.quantization_mode is not None:
-            raise ArgumentError(
-                f"`Head` has no quantized product. Received: dtype={self.dtype_policy.name!r}. Type "
-                f"dtype={self.dtype_policy.name.split('_from_')[-1]!r}, or use keras.layers.Dense."
-            )
         self.autocast = False  # float32 inputs are rounded once, by the product
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,12 +82,20 @@ class Head(keras.layers.Dense):
         del training
         return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype="float32")
 
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses, in the way that lets `Model.quantize` go on with the other layers."""
-        raise NotImplementedError(
-            f"Layer {self.name!r} of class Head does not have a `quantize()` method implemented: it multiplies 16-bit "
-            "or float32 numbers. Use keras.layers.Dense for a layer that is to be quantized."
-        )
+    def quantized_call(self, inputs: Any, training: Any = None) -> Any:
+        """Computes the same with a quantized kernel. Keras multiplies, and the activation is computed in float32."""
+        activation = getattr(self, "activation", None)
+        self.activation = None
+        try:
+            if self.quantization_mode == "float8":  # of which Keras takes inputs and kernel in the compute dtype
+                with backend.reading_in(self.compute_dtype, self._kernel):
+                    x = super().quantized_call(keras.ops.cast(inputs, self.compute_dtype), training=training)
+            else:
+                x = super().quantized_call(inputs, training=training)
+        finally:
+            self.activation = activation
+        x = keras.ops.cast(x, "float32")
+        return x if activation is None else activation(x)
 
 
 def matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: tf.DType, wide: bool) -> Any:

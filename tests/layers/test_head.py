@@ -1,7 +1,5 @@
 """The output layer: the contract, and what a 16-bit dense layer loses of its logits."""
 
-import warnings
-
 import keras
 import numpy as np
 import pytest
@@ -178,8 +176,6 @@ def test_it_takes_sparse_inputs_and_an_empty_batch():
 def test_bad_arguments_are_worded():
     with pytest.raises(ValueError, match="Received an invalid value for `units`, expected a positive integer"):
         layers.Head(0)
-    with pytest.raises(keras_mp.errors.ArgumentError, match="no quantized product.*Type dtype='mixed_bfloat16'"):
-        layers.Head(2, dtype="int8_from_mixed_bfloat16")
     head = layers.Head(2)
     head.build((None, 3))
     with pytest.raises(ValueError, match="incompatible with the layer: expected axis -1 of input shape"):
@@ -188,12 +184,28 @@ def test_bad_arguments_are_worded():
         head(np.ones((3,), "float32"))
 
 
-def test_quantizing_a_model_leaves_the_head_as_it_is():
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layers.Head(2, name="out")])
-    with warnings.catch_warnings(record=True) as caught:  # Keras warns of the input layer, too
-        warnings.simplefilter("always")
-        model.quantize("int8")
-    assert any("Layer 'out' of class Head does not have a `quantize()`" in str(warning.message) for warning in caught)
-    assert model.layers[0].quantization_mode == "int8"
-    assert model.layers[1].quantization_mode is None
-    assert model(np.ones((1, 4), "float32")).dtype == tf.float32
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize:UserWarning")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_a_quantized_head_still_answers_in_float32(mode, policy):
+    head = layers.Head(3, activation="softmax", dtype=policy)
+    dense = keras.layers.Dense(3, activation="softmax")
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
+    for layer in (head, dense):
+        layer.build((None, 8))
+    dense.set_weights(head.get_weights())
+    for layer in (head, dense):
+        layer.quantize(mode)
+    assert head.dtype_policy.name == dense.dtype_policy.name.replace("float32", policy)
+    y = head(x)
+    assert y.dtype == tf.float32
+    symbol = keras.KerasTensor((None, 8))
+    assert head(symbol).dtype == "float32"
+    # Some roundings to bfloat16 of sums over eight products.
+    np.testing.assert_allclose(y, dense(x), atol=0 if policy == "float32" else 2e-2)
+    again = layers.Head.from_config(head.get_config())
+    again.build((None, 8))
+    by_path = {weight.name: weight for weight in head.weights}
+    for weight in again.weights:
+        weight.assign(by_path[weight.name])
+    np.testing.assert_array_equal(again(x), y)
