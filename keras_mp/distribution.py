@@ -245,10 +245,26 @@ def sum_over_replicas(values: "Sequence[tf.Tensor | tf.IndexedSlices | None]") -
     # In one collective for each dtype: workers pack tensors into one, which those of several dtypes do not fit into.
     for dtype in dict.fromkeys(value.dtype for value in values if value is not None):
         places = [place for place, value in enumerate(values) if value is not None and value.dtype == dtype]
-        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [values[place] for place in places])
+        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [_gatherable(values[place]) for place in places])
         for place, value in zip(places, reduced, strict=True):
-            sums[place] = value
+            sums[place] = _with_values(value, tf.bitcast(value.values, dtype)) if value.dtype != dtype else value
     return sums
+
+
+def _gatherable(value: "tf.Tensor | tf.IndexedSlices") -> "tf.Tensor | tf.IndexedSlices":
+    """A value as it can be sent: sparse ones are not added up but gathered, for which TensorFlow knows no bfloat16.
+
+    Their bits are sent as those of float16, which nothing computes with.
+    """
+    if not isinstance(value, tf.IndexedSlices) or value.dtype != tf.bfloat16:
+        return value
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
+        return value  # it does add them up, and knows bfloat16
+    return _with_values(value, tf.bitcast(value.values, tf.float16))
+
+
+def _with_values(slices: tf.IndexedSlices, values: tf.Tensor) -> tf.IndexedSlices:
+    return tf.IndexedSlices(values, slices.indices, slices.dense_shape)
 
 
 def maximum_over_replicas(value: tf.Tensor) -> tf.Tensor:

@@ -12,14 +12,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend
+from keras_mp import backend, narrow
 
 __all__ = ["by_kernels", "dense", "has_kernel", "keeps_rows"]
 
 _DTYPES = ("float32", "float64")
 _LARGE = 1 << 16
+# Of the square of a sum of gradients, what the sum of their squares is taken for at least: see `_add_squares`.
+_LEAST_SHARE = 2.0**-18
 # From a gradient, a variable and a learning rate to the op that updates the variable; None in eager code.
-_Kernel = Callable[[tf.Tensor, tf.Variable, tf.Tensor], "tf.Operation | None"]
+_Kernel = Callable[["tf.Tensor | tf.IndexedSlices", tf.Variable, tf.Tensor], "tf.Operation | None"]
 _Prepare = Callable[[Any, Any], Any]
 
 
@@ -33,11 +35,16 @@ def has_kernel(optimizer: keras.optimizers.Optimizer) -> bool:
         >>> has_kernel(keras.optimizers.Adam()), has_kernel(keras.optimizers.Nadam())
         (True, False)
     """
-    return all(type(each) in _KERNELS and not getattr(each, "amsgrad", False) for each in _parts(optimizer))
+    return all(
+        type(each) in _KERNELS and not getattr(each, "amsgrad", False) and getattr(each, "beta_2", 1.0)
+        for each in _parts(optimizer)
+    )
 
 
 @contextlib.contextmanager
-def by_kernels(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Iterator[None]:
+def by_kernels(
+    optimizer: keras.optimizers.Optimizer, prepared: _Prepare, sum_repeated_ids: bool = False
+) -> Iterator[None]:
     """Inside, the optimizer updates variables in float32 and float64 by TensorFlow's kernels.
 
     What it does beside, as clipping, weight decay, accumulation and averages, is Keras's as before. Large gradients are
@@ -47,15 +54,11 @@ def by_kernels(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Ite
     Args:
         optimizer: one that `has_kernel`.
         prepared: from a gradient that `optimizer.apply` is given inside, and its variable, to the one that is meant.
+        sum_repeated_ids: whether gradients of a row that comes several times are added up before they are squared. Else
+            their squares are added up, as Keras does.
     """
-    parts = _parts(optimizer)
-    for part in parts:
-        part.update_step = _step(part, prepared)
-    try:
+    with narrow.replaced_update_steps(_parts(optimizer), lambda part: _step(part, prepared, sum_repeated_ids)):
         yield
-    finally:
-        for part in parts:
-            del part.update_step
 
 
 def keeps_rows(optimizer: keras.optimizers.Optimizer) -> bool:
@@ -73,9 +76,11 @@ def _parts(optimizer: keras.optimizers.Optimizer) -> Sequence[keras.optimizers.O
     return getattr(optimizer, "optimizers", None) or [optimizer]
 
 
-def _step(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Callable[[Any, Any, Any], None]:
+def _step(
+    optimizer: keras.optimizers.Optimizer, prepared: _Prepare, sum_repeated_ids: bool
+) -> Callable[[Any, Any, Any], None]:
     """What takes the place of the optimizer's `update_step`."""
-    of_keras, kernel = optimizer.update_step, _KERNELS[type(optimizer)](optimizer)
+    of_keras, kernel = optimizer.update_step, _KERNELS[type(optimizer)](optimizer, sum_repeated_ids)
     large: list[tf.Operation] = []
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -84,10 +89,12 @@ def _step(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Callable
         # The next but one waits: while the kernel passes over one variable, the next gradient is prepared.
         with tf.control_dependencies(large[-2:-1] if is_large else []):
             gradient = prepared(gradient, variable)
+            if is_sparse and sum_repeated_ids and not keeps_rows(optimizer):
+                gradient, is_sparse = dense(gradient), False
             if there.dtype.name not in _DTYPES or (is_sparse and keeps_rows(optimizer)):
                 of_keras(gradient, variable, learning_rate)
                 return
-            gradient = tf.cast(dense(gradient) if is_sparse else gradient, there.dtype)
+            gradient = tf.cast(gradient, there.dtype)
         done = kernel(gradient, there, tf.cast(learning_rate, there.dtype))
         if is_large and done is not None:
             large.append(done)
@@ -95,7 +102,7 @@ def _step(optimizer: keras.optimizers.Optimizer, prepared: _Prepare) -> Callable
     return update_step
 
 
-def _adam(optimizer: Any) -> _Kernel:
+def _adam(optimizer: Any, sum_repeated_ids: bool) -> _Kernel:
     """Kingma and Ba, 2015, section 2, in the order of computation of its last paragraph, as Keras.
 
     The kernel takes 1 - beta_2 in the dtype of the variable, of the same beta_2 as the correction of the bias, where
@@ -111,14 +118,19 @@ def _adam(optimizer: Any) -> _Kernel:
             tf.pow(tf.constant(optimizer.beta_2, dtype), count),
         )
 
-    def update(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> "tf.Operation | None":
+    def update(
+        gradient: "tf.Tensor | tf.IndexedSlices", variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> "tf.Operation | None":
         # Keras has no public names for the moments.
         place, number = optimizer._get_variable_index(variable), gradient.dtype.as_numpy_dtype
         beta_1_power, beta_2_power = powers[gradient.dtype.name]
+        velocity = backend.tensorflow_variable(optimizer._velocities[place])
+        if isinstance(gradient, tf.IndexedSlices):
+            gradient = dense(_add_squares(gradient, velocity, optimizer.beta_2))
         return tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=backend.tensorflow_variable(optimizer._momentums[place]).handle,
-            v=backend.tensorflow_variable(optimizer._velocities[place]).handle,
+            v=velocity.handle,
             beta1_power=beta_1_power,
             beta2_power=beta_2_power,
             lr=learning_rate,
@@ -131,10 +143,31 @@ def _adam(optimizer: Any) -> _Kernel:
     return update
 
 
-def _descent(optimizer: Any) -> _Kernel:
-    """Gradient descent, with Keras's order of momentum and learning rate."""
+def _add_squares(gradient: tf.IndexedSlices, velocity: tf.Variable, beta_2: float) -> tf.IndexedSlices:
+    """Has a kernel that averages the squares of a dense gradient average the sums of the squares of a sparse one.
 
-    def update(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> "tf.Operation | None":
+    The two differ in rows that come several times, by what is added to the average here, before the kernel. The kernel
+    then adds the square of the sum, which is what is subtracted here, up to rounding. The sum of squares is no less
+    than that square over the number of rows; a least share of it keeps the rounding from making an average negative.
+
+    Returns:
+        The gradient with each row once, in the very sums whose squares were subtracted.
+    """
+    rows, places = tf.unique(gradient.indices)
+    sums = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
+    sum_of_squares = tf.math.unsorted_segment_sum(tf.square(gradient.values), places, tf.size(rows))
+    missing = tf.maximum(sum_of_squares, _LEAST_SHARE * tf.square(sums)) - tf.square(sums)
+    velocity.scatter_add(tf.IndexedSlices(missing * ((1 - beta_2) / beta_2), rows))
+    return tf.IndexedSlices(sums, rows, gradient.dense_shape)
+
+
+def _descent(optimizer: Any, sum_repeated_ids: bool) -> _Kernel:
+    """Gradient descent, with Keras's order of momentum and learning rate. It squares nothing."""
+
+    def update(
+        gradient: "tf.Tensor | tf.IndexedSlices", variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> "tf.Operation | None":
+        gradient = dense(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
         if not optimizer.momentum:
             return tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=learning_rate, delta=gradient)
         return tf.raw_ops.ResourceApplyKerasMomentum(
@@ -149,7 +182,7 @@ def _descent(optimizer: Any) -> _Kernel:
     return update
 
 
-_KERNELS: dict[type, Callable[[Any], _Kernel]] = {
+_KERNELS: dict[type, Callable[[Any, bool], _Kernel]] = {
     keras.optimizers.Adam: _adam,
     keras.optimizers.AdamW: _adam,
     keras.optimizers.SGD: _descent,

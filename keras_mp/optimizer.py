@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, distribution
+from keras_mp import backend, distribution, narrow
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
 from keras_mp.policy import needs_loss_scaling, stacklevel
@@ -42,6 +42,7 @@ _OWN_ARGUMENTS: dict[str, Any] = {
     "dynamic": True,
     "jit_compile": "auto",
     "reduce_dtype": "float32",
+    "sum_repeated_ids": False,
 }
 _OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
 
@@ -87,6 +88,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         reduce_dtype: the dtype in which replicas and workers add up their gradients. "bfloat16" or "float16" send half
             as much, and round each replica's gradient and the sums to 8 or 11 bits. In float16 the gradients are added
             up as they are, scaled, for its range; the scale then makes room for the sum.
+        sum_repeated_ids: what an optimizer that squares gradients, such as Adam or Adagrad, does with the sparse
+            gradient of a row that comes several times in a batch, such as the embedding of a frequent word. False adds
+            up the squares, as Keras does, so that a model trains alike with this wrapper and without it. True adds up
+            the gradients first and squares the sum, as for a dense gradient, and takes smaller steps on such rows.
         name: the optimizer's name.
 
     Raises:
@@ -132,6 +137,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         dynamic: bool = True,
         jit_compile: "bool | str" = "auto",
         reduce_dtype: str = "float32",
+        sum_repeated_ids: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -166,13 +172,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise ArgumentError(
                 f'`reduce_dtype` must be "float32", "bfloat16" or "float16". Received: reduce_dtype={reduce_dtype!r}'
             )
+        if not isinstance(sum_repeated_ids, bool):
+            raise ArgumentError(
+                f"`sum_repeated_ids` must be True or False. Received: sum_repeated_ids={sum_repeated_ids!r}"
+            )
         super().__init__(
             inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, name=name, **kwargs
         )
         self.max_consecutive_skips = max_consecutive_skips
         self.reduce_dtype = reduce_dtype
         self._scaling = scaling
-        self._update = WeightUpdate(inner_optimizer, jit_compile)
+        self._update = WeightUpdate(inner_optimizer, jit_compile, sum_repeated_ids)
         # What `scale_loss` saw, for the `apply` of the same step: whether the loss was finite, and that it was called.
         self._loss_finite: dict[int, tf.Tensor] = {}  # by thread, for replicas run in one each
         self._scale_was_used = False
@@ -205,6 +215,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return self._update.jit_compile
 
     @property
+    def sum_repeated_ids(self) -> bool:
+        """Whether gradients of a row that comes several times are added up before they are squared."""
+        return self._update.sum_repeated_ids
+
+    @property
     def jit_compile_reason(self) -> str:
         """Whether XLA compiles the update of the weights, and if not, why, as the latest traced step decided."""
         return self._update.reason
@@ -226,7 +241,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if self.built:
             return  # as Keras's optimizers; its wrapper would start the scale anew and keep its state twice
-        super().build(var_list)
+        with narrow.float32_slots():
+            super().build(var_list)
         # Keras's wrapper made `dynamic_scale` and `step_counter`. These follow them, so that the variables of a file
         # that Keras's wrapper wrote are a subsequence of ours.
         self._own_state = {
@@ -382,6 +398,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             "max_consecutive_skips": self.max_consecutive_skips,
             "jit_compile": self.jit_compile,
             "reduce_dtype": self.reduce_dtype,
+            "sum_repeated_ids": self.sum_repeated_ids,
         }
         config.update({name: own[name] for name, default in _OWN_ARGUMENTS.items() if own[name] != default})
         return config

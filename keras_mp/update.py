@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, kernels
+from keras_mp import backend, kernels, narrow
 from keras_mp.errors import ArgumentError
 from keras_mp.loss_scale import global_norm, sum_of_squares
 
@@ -34,15 +34,19 @@ class WeightUpdate:
         optimizer: the optimizer without loss scaling.
         jit_compile: True; False, for Keras's operations one by one, with their rounding; or "auto", which takes kernels
             of TensorFlow where it has them, and else compiles where that pays and cannot fail.
+        sum_repeated_ids: whether gradients of a row that comes several times are added up before an optimizer squares
+            them. Else Keras's optimizers get sparse gradients as they are, and add up their squares.
 
     Raises:
         ArgumentError: for another `jit_compile`.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, jit_compile: "bool | str") -> None:
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, jit_compile: "bool | str", sum_repeated_ids: bool = False
+    ) -> None:
         if jit_compile not in (True, False, "auto"):
             raise ArgumentError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
-        self.jit_compile = jit_compile
+        self.jit_compile, self.sum_repeated_ids = jit_compile, sum_repeated_ids
         self._optimizer = optimizer
         self._why_not = "no step has been taken yet"
         self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
@@ -52,6 +56,11 @@ class WeightUpdate:
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
         """The optimizer, and those that it hands its variables to if it is one of several."""
         return [self._optimizer, *getattr(self._optimizer, "optimizers", [])]
+
+    @property
+    def _parts(self) -> list[keras.optimizers.Optimizer]:
+        """Those that update variables themselves."""
+        return self.optimizers[1:] or [self._optimizer]
 
     @property
     def reason(self) -> str:
@@ -94,7 +103,9 @@ class WeightUpdate:
             self._optimizer.iterations.assign_add(1)
         unscaled = self._unscaling(scale, norm)
         for gradient, variable in sparse:
-            update_rows(self._optimizer, unscaled(gradient, variable), variable, learning_rate)
+            there = backend.tensorflow_variable(variable)
+            written = backend.Float32View(there, self._optimizer) if narrow.is_narrow(there) else there
+            update_rows(self._optimizer, unscaled(gradient, variable), written, learning_rate, self._sums_repeated_ids)
 
     def _norm(
         self, grads: _Gradients, variables: Sequence[keras.Variable], squares: tf.Tensor | None
@@ -145,7 +156,7 @@ class WeightUpdate:
     ) -> None:
         optimizer, limit = self._optimizer, self._optimizer.global_clipnorm
         unscaled = self._unscaling(scale, norm)
-        by_kernels = self._uses_kernels()
+        by_kernels, sums = self._uses_kernels(), self._sums_repeated_ids
         later = by_kernels and not self._works_on_gradients(norm)
         if not later:
             grads = [g if g is None else unscaled(g, v) for g, v in zip(grads, variables, strict=True)]
@@ -154,7 +165,10 @@ class WeightUpdate:
         prepared = unscaled if later else lambda gradient, _: gradient
         try:
             optimizer.global_clipnorm = limit if norm is None else None
-            with kernels.by_kernels(optimizer, prepared) if by_kernels else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(narrow.in_float32(self._parts, variables))
+                if by_kernels:
+                    stack.enter_context(kernels.by_kernels(optimizer, prepared, sums))
                 optimizer.apply(grads, variables)
         finally:
             optimizer.global_clipnorm = limit
@@ -210,14 +224,20 @@ class WeightUpdate:
             or any(getattr(v, "constraint", None) is not None for v in sparse)
         )
 
-    def _merged(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> _Gradients:
-        """The gradients as tensors, for an optimizer that moves the rows without a gradient as well, as momentum does.
+    @property
+    def _sums_repeated_ids(self) -> bool:
+        """Whether it was asked for, or Keras adds up rows too, as it does to accumulate and to limit the norm of all."""
+        accumulates = any(each.gradient_accumulation_steps for each in self.optimizers)
+        return bool(self.sum_repeated_ids or accumulates or self._optimizer.global_clipnorm)
 
-        Keras's optimizers would take such a gradient apart: of a row that comes twice they add up the squares, where
-        the square of the sum is meant, and they fill a tensor of the variable's shape more than once. Kernels get them
-        as they are and make tensors of one after the other.
+    def _merged(self, grads: _Gradients, variables: Sequence[keras.Variable]) -> _Gradients:
+        """The gradients, those that are sparse as tensors where their rows are to be added up before all else.
+
+        Kernels get them as they are and make tensors of one after the other.
         """
         optimizer = self._optimizer
+        if not self._sums_repeated_ids:
+            return list(grads)
         if not type(optimizer).__module__.startswith("keras.") or kernels.keeps_rows(optimizer):
             return list(grads)
         sparse = [v for g, v in zip(grads, variables, strict=True) if isinstance(g, tf.IndexedSlices)]
@@ -258,18 +278,26 @@ class WeightUpdate:
         return ""
 
 
-def _descend_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor) -> None:
-    """Plain gradient descent, which leaves other rows as they are."""
+def _descend_rows(
+    optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor, sum_repeated_ids: bool
+) -> None:
+    """Plain gradient descent, which leaves other rows as they are and squares nothing."""
     optimizer.assign_sub(variable, _multiply(gradient, learning_rate))
 
 
-def _adagrad_rows(optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor) -> None:
+def _adagrad_rows(
+    optimizer: Any, gradient: tf.IndexedSlices, variable: Any, learning_rate: tf.Tensor, sum_repeated_ids: bool
+) -> None:
     """Adagrad, which leaves rows without a gradient as they are: Duchi, Hazan and Singer, 2011, section 1.3."""
     rows, places = tf.unique(gradient.indices)
-    values = tf.math.unsorted_segment_sum(tf.cast(gradient.values, variable.dtype), places, tf.size(rows))
+    given = tf.cast(gradient.values, variable.dtype)
+    values = tf.math.unsorted_segment_sum(given, places, tf.size(rows))
+    squares = tf.square(values)
+    if not sum_repeated_ids:
+        squares = tf.math.unsorted_segment_sum(tf.square(given), places, tf.size(rows))
     # Keras has no public name for the sums of squares of a variable.
     sums = optimizer._accumulators[optimizer._get_variable_index(variable)]
-    of_rows = tf.gather(backend.tensorflow_variable(sums), rows) + tf.square(values)
+    of_rows = tf.gather(backend.tensorflow_variable(sums), rows) + squares
     optimizer.assign(sums, tf.IndexedSlices(of_rows, rows, gradient.dense_shape))
     steps = tf.cast(learning_rate, values.dtype) * values / tf.sqrt(of_rows + optimizer.epsilon)
     optimizer.assign_sub(variable, tf.IndexedSlices(steps, rows, gradient.dense_shape))
@@ -306,8 +334,10 @@ def _multiply(gradient: "tf.Tensor | tf.IndexedSlices", factor: tf.Tensor) -> "t
 
 
 def _as_accumulated(gradient: Any, variable: Any) -> Any:
-    """A gradient in the dtype of its variable, in which Keras adds up gradients: 16 bits where the variable is."""
-    return gradient if gradient is None else tf.cast(gradient, backend.tensorflow_variable(variable).dtype)
+    """A gradient in the dtype in which Keras adds up gradients: that of its variable, or float32 for 16 bits."""
+    if gradient is None or narrow.is_narrow(variable):
+        return gradient
+    return tf.cast(gradient, backend.tensorflow_variable(variable).dtype)
 
 
 def replaces_variable(variable: Any) -> bool:

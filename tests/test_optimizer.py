@@ -218,8 +218,10 @@ def sparse_and_dense_steps(make, wrap, how, jit_compile="auto"):
     return [tables[0], vectors[0], *inner.variables], [tables[1], vectors[1], *optimizers[1].variables]
 
 
-def with_scale_of_one(optimizer, jit_compile):
-    return keras_mp.LossScaleOptimizer(optimizer, initial_scale=1.0, jit_compile=jit_compile)
+def with_scale_of_one(optimizer, jit_compile, sum_repeated_ids=True):
+    return keras_mp.LossScaleOptimizer(
+        optimizer, initial_scale=1.0, jit_compile=jit_compile, sum_repeated_ids=sum_repeated_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,63 @@ def test_stock_adds_up_squares_of_rows_that_come_twice(name):
         np.testing.assert_allclose(one, other, rtol=1e-5, err_msg=one.path)
 
 
+REPEATED = {
+    **ROW_OPTIMIZERS,
+    "adam, beta_2=0": lambda: keras.optimizers.Adam(0.1, beta_2=0.0),
+    "adam, global_clipnorm": lambda: keras.optimizers.Adam(0.1, global_clipnorm=0.01),
+    "adam, accumulation": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "adagrad, global_clipnorm": lambda: keras.optimizers.Adagrad(0.1, global_clipnorm=0.01),
+    "nadam": lambda: keras.optimizers.Nadam(0.1),
+    "adamw, amsgrad": lambda: keras.optimizers.AdamW(0.1, amsgrad=True),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.1),
+}
+
+
+def steps_with_repeated_ids(optimizer, how, dtype="float32", steps=3):
+    """Variables and slots after steps with a sparse gradient, row 2 of which comes twice."""
+    table = keras.Variable(np.ones((4, 2)), dtype=dtype, name="table")
+    optimizer.build([table])
+    optimizer.scale_loss(0.0)
+
+    def step(values):
+        optimizer.apply([tf.IndexedSlices(values, tf.constant([2, 3, 2]), tf.constant([4, 2]))], [table])
+
+    step = step if how == "eager" else tf.function(step, jit_compile=how == "xla")
+    generator = np.random.default_rng(0)
+    for _ in range(steps):
+        step(tf.constant(generator.standard_normal((3, 2)).astype("float32")))
+    return [table, *getattr(optimizer, "inner_optimizer", optimizer).variables]
+
+
+@pytest.mark.parametrize(("how", "jit_compile"), [("graph", "auto"), ("graph", True), ("xla", "auto")])
+@pytest.mark.parametrize("make", REPEATED.values(), ids=REPEATED)
+def test_repeated_ids_train_alike_with_the_wrapper_and_without_it(make, how, jit_compile):
+    expected = steps_with_repeated_ids(make(), "graph")
+    ours = steps_with_repeated_ids(with_scale_of_one(make(), jit_compile, sum_repeated_ids=False), how)
+    for one, other in zip(ours, expected, strict=False):  # Nadam has one that Keras does not list
+        np.testing.assert_allclose(one, other, rtol=3e-5, atol=1e-6, err_msg=one.path)
+
+
+def test_an_id_that_is_repeated_very_often_leaves_averages_of_squares_positive():
+    table = keras.Variable(np.ones((3, 1), "float32"))
+    optimizer = with_scale_of_one(keras.optimizers.Adam(0.1), "auto", sum_repeated_ids=False)
+    optimizer.build([table])
+    optimizer.scale_loss(0.0)
+    rows = tf.zeros([1 << 21], tf.int32)
+    for _ in range(2):
+        optimizer.apply([tf.IndexedSlices(tf.fill([1 << 21, 1], 0.37), rows, tf.constant([3, 1]))], [table])
+    assert np.isfinite(table.numpy()).all()
+    assert float(table[0, 0]) < 1
+
+
+def test_sum_repeated_ids_is_a_bool_that_the_config_keeps():
+    with pytest.raises(ArgumentError, match="`sum_repeated_ids` must be True or False. Received: .*='yes'"):
+        make_optimizer(sum_repeated_ids="yes")
+    optimizer = make_optimizer(sum_repeated_ids=True)
+    assert type(optimizer).from_config(optimizer.get_config()).sum_repeated_ids is True
+    assert "sum_repeated_ids" not in make_optimizer().get_config()
+
+
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_an_update_of_rows_makes_no_tensor_of_the_size_of_the_table(name):
     table = keras.Variable(np.ones((7, 2)))
@@ -274,6 +333,79 @@ def test_an_update_of_rows_makes_no_tensor_of_the_size_of_the_table(name):
     assert int(optimizer.iterations) == 1
     np.testing.assert_array_equal(table[0], [1.0, 1.0])
     assert float(table[1, 0]) < 1
+
+
+NARROW = {
+    name: getattr(keras.optimizers, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Nadam", "Adamax", "Adadelta", "Adagrad", "Ftrl", "Lion", "Lamb")
+}
+NARROW["Adafactor"], NARROW["Muon"] = keras.optimizers.Adafactor, keras.optimizers.Muon
+NARROW["amsgrad"] = lambda rate: keras.optimizers.Adam(rate, amsgrad=True, weight_decay=0.01)
+NARROW["centered"] = lambda rate: keras.optimizers.RMSprop(rate, centered=True, momentum=0.9)
+NARROW["accumulation"] = lambda rate: keras.optimizers.Adam(rate, gradient_accumulation_steps=2)
+NARROW["average"] = lambda rate: keras.optimizers.Adam(rate, use_ema=True, ema_overwrite_frequency=1, clipnorm=1.0)
+GRADIENTS = [(0.0, 1.0), (1e-4, 0.0), (1.0, 1.0), (3e4, 1.0), (6e4, 6e4), (1e-7, 1.0)]
+
+
+@pytest.mark.parametrize("how", ["graph", pytest.param("xla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", NARROW)
+def test_finite_gradients_leave_weights_of_16_bits_finite(name, dtype, how):
+    weights = [keras.Variable(np.full((3, 4), start), dtype=dtype) for _, start in GRADIENTS]
+    optimizer = make_optimizer(NARROW[name](0.1), initial_scale=1.0)
+    optimizer.build(weights)
+    for _ in range(4):
+        apply(optimizer, weights, [tf.cast(tf.fill((3, 4), each), dtype) for each, _ in GRADIENTS], how)
+    for variable in [*weights, *optimizer.inner_optimizer.variables]:
+        assert np.isfinite(np.asarray(variable.value, "float32")).all(), variable.path
+    assert int(optimizer.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_step_on_weights_of_16_bits_is_that_of_float32_rounded(name):
+    generator, ends = np.random.default_rng(0), []
+    start = np.float32(np.float16(generator.normal(size=(3, 4))))
+    gradients = [np.float32(np.float16(generator.normal(size=(3, 4)) * 1e-3)) for _ in range(2)]
+    for dtype in ("float32", "float16"):
+        weight = keras.Variable(start, dtype=dtype)
+        optimizer = make_optimizer(NARROW[name](0.1), initial_scale=1.0, jit_compile=False)
+        optimizer.build([weight])
+        for gradient in gradients:
+            apply(optimizer, [weight], [tf.cast(gradient, dtype)], "graph")
+        ends.append(np.asarray(weight.value, "float32"))
+    # Two steps, each rounded once to 11 bits, which the second one reads.
+    np.testing.assert_allclose(ends[1], ends[0], rtol=3 * 2.0**-11, atol=2e-4)
+
+
+@pytest.mark.stock_defect
+@pytest.mark.parametrize(("name", "gradient"), [("Adafactor", 0.0), ("Lamb", 1.0)])
+def test_stock_finite_gradients_leave_weights_of_16_bits_finite(name, gradient):
+    weight = keras.Variable(np.ones((300, 300)), dtype="float16")
+    NARROW[name](1e-3).apply([tf.fill((300, 300), tf.cast(gradient, "float16"))], [weight])
+    assert np.isfinite(np.asarray(weight.value, "float32")).all()
+
+
+@pytest.mark.parametrize("how", ["graph", "xla"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+def test_repeated_ids_in_a_table_of_16_bits_do_what_they_do_in_float32(name, how):
+    ends = []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = with_scale_of_one(NARROW[name](0.1), "auto", sum_repeated_ids=False)
+        ends.append([np.asarray(v.value, "float32") for v in steps_with_repeated_ids(optimizer, how, dtype, steps=1)])
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(other, one, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("constraint", ["unit_norm", "max_norm", "min_max_norm", "non_neg"])
+def test_a_constraint_of_16_bits_is_computed_in_float32(constraint):
+    weight = keras.Variable(np.full((600, 2), 20.0) * [1.0, 0.0], dtype="float16")
+    weight.constraint = keras.constraints.get(constraint)
+    optimizer = make_optimizer(keras.optimizers.SGD(0.1), initial_scale=1.0)
+    optimizer.build([weight])
+    apply(optimizer, [weight], [tf.zeros((600, 2), "float16")])
+    expected = keras.constraints.get(constraint)(np.full((600, 2), 20.0, "float32") * np.float32([1.0, 0.0]))
+    np.testing.assert_allclose(np.asarray(weight.value, "float32"), expected, rtol=2e-3, atol=1e-6)
+    assert type(weight.constraint) is type(keras.constraints.get(constraint))
 
 
 def test_no_gradient_at_all_is_keras_error():

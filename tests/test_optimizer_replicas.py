@@ -637,6 +637,55 @@ def test_training_with_gradients_added_up_in_16_bits_ends_where_float32_does(dty
     np.testing.assert_allclose(losses[dtype], losses["float32"], rtol=0.01)
 
 
+@pytest.mark.parametrize("how", ["graph", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sparse_gradients_are_added_up_in_any_dtype(dtype, how, mirrored):
+    applied = Applied(
+        mirrored(2), lambda: keras.optimizers.SGD(1.0), [ones((5, 3)), ones(2)], how, reduce_dtype=dtype, dynamic=False
+    )
+    scale = float(applied.optimizer.loss_scale)
+    values = np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32") * [[[1.0], [300.0], [1e-4]]]
+    rows, expected = np.array([[1, 3, 1], [3, 4, 4]]), np.zeros((5, 3))
+    for one, other in zip(rows, values, strict=True):
+        np.add.at(expected, one, other)
+    gradients = [
+        [tf.IndexedSlices(tf.constant(v * scale, "float32"), tf.constant(r), tf.constant([5, 3])), tf.ones(2) * scale]
+        for v, r in zip(values, rows, strict=True)
+    ]
+    if dtype == "float16":  # in which scaled gradients of 300 overflow
+        gradients = [[tf.IndexedSlices(g.values * 2.0**-12, g.indices, g.dense_shape), d] for g, d in gradients]
+        gradients = [[g, d * 2.0**-12] for g, d in gradients]
+        expected *= 2.0**-12
+    applied.step(*gradients)
+    moved = 1.0 - applied.variables[0].numpy()
+    rounding = {"float32": 2.0**-22, "bfloat16": 2.0**-8, "float16": 2.0**-10}[dtype]
+    np.testing.assert_allclose(moved, expected, rtol=rounding, atol=rounding * np.abs(values).max(axis=2).min() + 1e-6)
+    assert_copies_agree(applied.variables, 2)
+    bad = tf.IndexedSlices(tf.constant([[NAN, 0.0, INF]]), tf.constant([0]), tf.constant([5, 3]))
+    before = applied.state()
+    applied.step([gradients[0][0], tf.ones(2)], [bad, tf.ones(2)])
+    assert_same(before, applied.state())
+    assert int(applied.optimizer.skipped_steps) == 1
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_model_with_an_embedding_fits_with_gradients_added_up_in_bfloat16(jit_compile, mirrored):
+    ids, y = np.arange(24).reshape(8, 3) % 20, np.ones((8, 1), "float32")
+    ends = []
+    for dtype in ("float32", "bfloat16"):
+        keras.utils.set_random_seed(0)
+        with mirrored(2).scope():
+            inputs = keras.Input((3,), dtype="int32")
+            x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(20, 4)(inputs))
+            model = keras_mp.Model(inputs, keras.layers.Dense(1)(x))
+            optimizer = keras_mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), reduce_dtype=dtype)
+            model.compile(optimizer, "mse", jit_compile=jit_compile)
+        model.fit(ids, y, batch_size=8, epochs=2, verbose=0)
+        ends.append(model.get_weights())
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(other, one, atol=2.0**-7)
+
+
 def test_gradients_too_small_for_float16_are_added_up_in_it_scaled(mirrored):
     """2^-30 underflows in float16; times the scale it does not."""
     strategy = mirrored(2)

@@ -33,6 +33,7 @@ ORDER = [
     "layers",
     "losses",
     "loss_scale",
+    "narrow",
     "kernels",
     "update",
     "optimizer",
