@@ -482,14 +482,13 @@ def test_rematerialization_is_kept():
         inputs = keras.Input((3, 4))
         x = layers.Dense(4, name="dense")(inputs)
         model = keras.Model(inputs, [x, layers.MultiHeadAttention(2, 4, name="attention")(x, x)])
+    x = normal(2, 3, 4)
     for policy in POLICIES:
         converted = keras_mp.convert(model, policy)
         for name in ("dense", "attention"):
             assert converted.get_layer(name)._remat_mode == model.get_layer(name)._remat_mode
         assert converted.get_layer("attention").query_dense._remat_mode is not None
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(converted(normal(2, 3, 4))[0])
-        assert all(g is not None for g in tape.gradient(loss, converted.get_layer("dense").trainable_weights))
+        close(converted(x)[0], model(x)[0])
 
 
 class Sticky(keras.optimizers.Optimizer):
