@@ -40,6 +40,7 @@ ORDER = [
     "training",
     "rebuild",
     "convert",
+    "layer_record",
     "loading",
     "diagnostics",
     "tune",
