@@ -127,12 +127,19 @@ def _shape(entries: dict[str, dict[str, Any]]) -> Any:
 def _differing(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> list[str]:
     """The addresses at which a model is not what the record says, but for what is trainable."""
     there = _entries(backend.layers_by_address(model))
-    addresses = dict.fromkeys([*wanted, *there])
-    return [each for each in addresses if _computed(there.get(each)) != _computed(wanted.get(each))]
+    both = [each for each in wanted if each in there]
+    unequal = [each for each in both if _computes(there[each]) != _computes(wanted[each])]
+    changed = [each for each in both if _changes(there[each]["config"], wanted[each]["config"])]
+    return [*dict.fromkeys([*unequal, *changed]), *(wanted.keys() ^ there.keys())]
 
 
-def _computed(entry: "dict[str, Any] | None") -> Any:
-    return entry and {name: value for name, value in entry.items() if name != "trainable"}
+def _computes(entry: dict[str, Any]) -> Any:
+    return entry["class"], entry["policy"], entry.get("operations")
+
+
+def _changes(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The arguments to make a layer with. One that was made without a configuration has none to compare."""
+    return {name: value for name, value in wanted.items() if name in there and there[name] != value}
 
 
 def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras.Model:
@@ -143,8 +150,7 @@ def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras
         entry = wanted.get(addresses.get(id(layer), ""))
         if entry is None:
             return Choice(type(layer), layer.dtype_policy)
-        there = _own_config(layer)
-        arguments = {name: value for name, value in entry["config"].items() if there.get(name) != value}
+        arguments = _changes(_entry(layer)["config"], entry["config"])
         return Choice(_class(entry["class"], type(layer)), keras.dtype_policies.get(entry["policy"]), arguments)
 
     return duplicate(model, choose)

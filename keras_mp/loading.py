@@ -102,10 +102,8 @@ def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, s
     config = _config_in(source)
     record = config.get("keras_mp")
     before = keras.config.dtype_policy()
-    # What layers make in their own code gets the global policy, so it must be that of the file. Where the file says of
-    # each layer what it was, any will do that has room for the weights.
-    common = _common_policy(config) if record is None else _widest(record)
-    keras.config.set_dtype_policy(common or before)
+    # What layers make in their own code gets the global policy, so it must be that of the file.
+    keras.config.set_dtype_policy(_common_policy(config) or before)
     try:
         with backend.trusting(safe_mode), keras.saving.custom_object_scope(custom_objects or {}):
             # The optimizer is loaded below: Keras would wrap it, or not, by the global policy.
@@ -159,16 +157,24 @@ def _weights_in(source: Any) -> Iterator[str]:
         yield archive.extract(_WEIGHTS, folder)
 
 
-def _widest(record: dict[str, Any]) -> keras.DTypePolicy:
-    return keras.DTypePolicy("float64" if '"float64"' in json.dumps(record) else "float32")
-
-
-def _common_policy(config: Any) -> keras.DTypePolicy | None:
+def _common_policy(config: dict[str, Any]) -> keras.DTypePolicy | None:
     """The policy that most layers in a file have, a mixed one before others, without quantization."""
-    counts = collections.Counter(name for policy in _policies(config) if (name := _float_policy(policy)))
+    if (record := config.get("keras_mp")) is None:
+        policies = list(_policies(config))
+    else:
+        policies = [entry["policy"] for entry in record["layers"].values()]
+    counts = collections.Counter(name for policy in policies if (name := _float_policy(policy)))
+    if record is not None:
+        # Layers get their own policy afterwards, from weights that must not have been rounded.
+        widest = max((keras.DTypePolicy(name).variable_dtype for name in counts), key=_bits, default=None)
+        counts = collections.Counter({n: c for n, c in counts.items() if keras.DTypePolicy(n).variable_dtype == widest})
     mixed = [name for name in counts if name.startswith("mixed_")]
     most = max(mixed or counts, key=counts.__getitem__, default=None)
     return None if most is None else keras.DTypePolicy(most)
+
+
+def _bits(dtype: str) -> int:
+    return int(dtype.removeprefix("b").removeprefix("float"))
 
 
 def _policies(config: Any) -> Iterator[dict[str, Any]]:
@@ -194,16 +200,16 @@ def _float_policy(policy: Any) -> str | None:
 
 def _what_to_do(error: Exception) -> str:
     """What an error says that Keras, or code that a file names, raised in loading it, and how to go on."""
-    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
+    # Behind the last of these stands what happened, before it a whole configuration.
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).rpartition("Exception encountered: ")[2].strip()
     missing = re.search("Could not locate (?:class|function) '[^']*'", text)
     if missing:
         return f"{missing[0]}. Import the module that registers it, or add load_model(path, custom_objects={{...}})."
     if "safe_mode" in text:
         return "It holds Python code. If you know where it comes from: load_model(path, safe_mode=False)."
-    return (
-        f"{type(error).__name__}: {text.splitlines()[0] if text else ''} Unless the code that the model needs has "
-        f"changed, {_DAMAGED}"
-    )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    says = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".")
+    return f"{type(error).__name__}: {says}. Unless the code that makes it has changed since, {_DAMAGED}"
 
 
 _DAMAGED = "it is damaged, incomplete or of another kind: save it again by model.save, or copy it anew."

@@ -1,4 +1,4 @@
-"""Writes tests/golden/files, the model files that later versions must go on reading: `python -m tests.golden.make_files`.
+"""Writes tests/golden/files, which later versions must go on reading: `python -m tests.golden.make_files`.
 
 It is to be run again only for a new folder beside this one: these are files of version 0.1.0, which kept the weights of
 a `Head` under its own name.
