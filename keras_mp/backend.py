@@ -938,7 +938,13 @@ def write_into_model_files(key: str, content_of: Callable[[keras.Model], Any]) -
     _saving_lib._serialize_model_as_json = serialize_with_more
 
 
-def load_with_keras(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, safe_mode: bool) -> Any:
+def load_with_keras(
+    source: Any,
+    custom_objects: "dict[str, Any] | None",
+    compile: bool,
+    safe_mode: bool,
+    config: "dict[str, Any] | None" = None,
+) -> Any:
     """The model in a file as `keras.saving.load_model` loads it, whatever the file is called.
 
     Args:
@@ -946,11 +952,18 @@ def load_with_keras(source: Any, custom_objects: "dict[str, Any] | None", compil
         custom_objects: as for `keras.saving.load_model`.
         compile: likewise.
         safe_mode: likewise.
+        config: what to make the model from, or None for the configuration in the file.
     """
     load = _keras_readers[
         "_load_model_from_dir" if isinstance(source, (str, os.PathLike)) else "_load_model_from_fileobj"
     ]
-    return load(source, custom_objects, compile, safe_mode)
+    make = _saving_lib._model_from_config
+    if config is not None:
+        _saving_lib._model_from_config = lambda given, *args, **kw: make(json.dumps(config), *args, **kw)
+    try:
+        return load(source, custom_objects, compile, safe_mode)
+    finally:
+        _saving_lib._model_from_config = make
 
 
 _keras_readers: dict[str, Callable[..., Any]] = {

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -106,8 +107,7 @@ def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, s
     keras.config.set_dtype_policy(_common_policy(config) or before)
     try:
         with backend.trusting(safe_mode), keras.saving.custom_object_scope(custom_objects or {}):
-            # The optimizer is loaded below: Keras would wrap it, or not, by the global policy.
-            model = backend.load_with_keras(source, custom_objects, False, safe_mode)
+            model = _made_by_keras(source, config, custom_objects, safe_mode)
             if record is not None:
                 model = restored(model, record)
             if compile and config.get("compile_config"):
@@ -116,6 +116,54 @@ def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, s
     finally:
         keras.config.set_dtype_policy(before)
     return model
+
+
+def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, safe_mode: bool) -> keras.Model:
+    """The model with its weights, not compiled: Keras would wrap its optimizer, or not, by the global policy."""
+    if (record := config.get("keras_mp")) is None:
+        return backend.load_with_keras(source, custom_objects, False, safe_mode)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*had a build config, but")  # looked for below
+            model = backend.load_with_keras(source, custom_objects, False, safe_mode)
+        failed = _without_weights(model, source, record)
+    except Exception as error:
+        failed = str(error)
+    if failed:
+        # In 16 bits its code may not run with Keras's layers, before those that it had are put in. In float32 it did.
+        keras.config.set_dtype_policy("float32")
+        model = backend.load_with_keras(source, custom_objects, False, safe_mode, config=_in_float32(config))
+        if failed := _without_weights(model, source, record):
+            raise ConversionError(
+                f"{model.name!r} could not be built from its file: {failed[0]!r} of class "
+                f"{record['layers'][failed[0]]['class']} has no weights there. Define `build_from_config` for it; or make "
+                "the model, call it once on data, model.load_weights(path), then keras_mp.convert(model, policy)."
+            )
+    return model
+
+
+def _without_weights(model: keras.Model, source: Any, record: dict[str, Any]) -> list[str]:
+    """The addresses of layers that have weights in the file and none here, over which Keras reads in silence."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (str, os.PathLike)):
+            file = stack.enter_context(h5py.File(pathlib.Path(source, _WEIGHTS)))
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(source))
+            file = stack.enter_context(h5py.File(stack.enter_context(archive.open(_WEIGHTS))))
+        filed: list[str] = []
+        file.visit(lambda name: filed.append(f"/{name.removesuffix('/vars/0')}") if name.endswith("/vars/0") else None)
+    there = backend.layers_by_address(model)
+    return [each for each in filed if each in record["layers"] and not (each in there and there[each].built)]
+
+
+def _in_float32(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_in_float32(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy":
+        return {**config, "config": {"name": "float32"}}
+    return {name: _in_float32(value) for name, value in config.items() if name != "keras_mp"}
 
 
 def _compile(model: keras.Model, config: dict[str, Any], weights: str) -> None:

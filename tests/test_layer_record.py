@@ -153,12 +153,14 @@ def test_a_second_file_and_a_copy_say_the_same(tmp_path):
 
 
 def test_what_was_changed_after_the_conversion_stays_changed(tmp_path):
-    model = keras_mp.convert(of_blocks(), keras_mp.PolicyMap("mixed_bfloat16", {".*/a": "float32"}))
+    model = keras_mp.convert(
+        of_blocks(), keras_mp.PolicyMap("mixed_bfloat16", {".*/multi_head_attention.*": "float32"})
+    )
     model.blocks[1].rest[1].dtype_policy = "float32"
     model.save(tmp_path / "model.keras")
     loaded = keras_mp.load_model(tmp_path / "model.keras")
     assert_same(loaded, model)
-    assert loaded.a.compute_dtype == loaded.blocks[1].rest[1].compute_dtype == "float32"
+    assert loaded.blocks[0].attention.compute_dtype == loaded.blocks[1].rest[1].compute_dtype == "float32"
     assert loaded.blocks[0].rest[1].compute_dtype == "bfloat16"
 
 
