@@ -122,13 +122,14 @@ def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, saf
     """The model with its weights, not compiled: Keras would wrap its optimizer, or not, by the global policy."""
     if (record := config.get("keras_mp")) is None:
         return backend.load_with_keras(source, custom_objects, False, safe_mode)
+    failed: Any
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*had a build config, but")  # looked for below
             model = backend.load_with_keras(source, custom_objects, False, safe_mode)
         failed = _without_weights(model, source, record)
-    except Exception as error:
-        failed = str(error)
+    except Exception:
+        failed = True
     if failed:
         # In 16 bits its code may not run with Keras's layers, before those that it had are put in. In float32 it did.
         keras.config.set_dtype_policy("float32")
@@ -136,8 +137,8 @@ def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, saf
         if failed := _without_weights(model, source, record):
             raise ConversionError(
                 f"{model.name!r} could not be built from its file: {failed[0]!r} of class "
-                f"{record['layers'][failed[0]]['class']} has no weights there. Define `build_from_config` for it; or make "
-                "the model, call it once on data, model.load_weights(path), then keras_mp.convert(model, policy)."
+                f"{record['layers'][failed[0]]['class']} has no weights there. Define `build_from_config` for it; or "
+                "make the model, call it once on data, model.load_weights(path), then keras_mp.convert(model, policy)."
             )
     return model
 
