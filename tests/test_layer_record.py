@@ -59,7 +59,7 @@ class OfBlocks(keras.Model):
         super().__init__(**kwargs)
         self.a = keras.layers.Dense(6, "softmax", name="a")
         self.blocks = [Block(), Block()]
-        self.z = keras.layers.Dense(3)
+        self.z = keras.layers.Dense(3, name="z")
 
     def call(self, x):
         """Three numbers a row."""
@@ -153,15 +153,13 @@ def test_a_second_file_and_a_copy_say_the_same(tmp_path):
 
 
 def test_what_was_changed_after_the_conversion_stays_changed(tmp_path):
-    model = keras_mp.convert(
-        of_blocks(), keras_mp.PolicyMap("mixed_bfloat16", {".*/multi_head_attention.*": "float32"})
-    )
-    model.blocks[1].rest[1].dtype_policy = "float32"
+    model = keras_mp.convert(of_blocks(), keras_mp.PolicyMap("mixed_bfloat16", {".*/z": "float32"}))
+    model.blocks[0].by_name["norm"].dtype_policy = "float32"
     model.save(tmp_path / "model.keras")
     loaded = keras_mp.load_model(tmp_path / "model.keras")
     assert_same(loaded, model)
-    assert loaded.blocks[0].attention.compute_dtype == loaded.blocks[1].rest[1].compute_dtype == "float32"
-    assert loaded.blocks[0].rest[1].compute_dtype == "bfloat16"
+    assert loaded.z.compute_dtype == loaded.blocks[0].by_name["norm"].compute_dtype == "float32"
+    assert loaded.blocks[1].by_name["norm"].compute_dtype == "bfloat16"
 
 
 def test_a_converted_part_of_another_model_comes_back(tmp_path):
