@@ -321,14 +321,14 @@ def test_a_quantized_model_loads_under_any_global_policy(tmp_path, mode, policy,
         loaded = keras_mp.load_model(tmp_path / "model.keras")
         assert keras.config.dtype_policy().name == here
     np.testing.assert_array_equal(loaded(X), model(X))
-    assert [layer.dtype_policy for layer in loaded.layers] == [layer.dtype_policy for layer in model.layers]
+    assert [each.dtype_policy for each in loaded.layers[1:]] == [each.dtype_policy for each in model.layers[1:]]
 
 
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
 @pytest.mark.parametrize("where", ["loss", "metrics", "weighted_metrics"])
 def test_trust_holds_for_all_that_a_model_is_compiled_with(tmp_path, where):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    code = lambda y, p: keras.ops.mean((y - p) ** 2, -1)  # noqa: E731
+    code = lambda y, p: (y - p) ** 2  # noqa: E731
     model.compile("sgd", **{"loss": "mse", where: code if where == "loss" else [code]})
     model.fit(X, Y, verbose=0)
     model.save(tmp_path / "model.keras")
