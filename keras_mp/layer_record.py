@@ -113,11 +113,10 @@ def _own_config(layer: keras.Layer) -> dict[str, Any]:
         json.dumps(config)
     except Exception:  # whatever a `get_config` of the user's raises; Keras makes the owner without it
         return {}
-    inner = backend.inner_layers(layer)
-    names = (
-        [name for name in _OWN_FUNCTIONS if name in config] if inner else set(config) - {"name", "dtype", "trainable"}
-    )
-    return {name: config[name] for name in names}
+    # What a layer starts from is over, and is written down otherwise from version to version of Keras.
+    given = {name for name in config if not name.endswith("_initializer")} - {"name", "dtype", "trainable"}
+    names = given.intersection(_OWN_FUNCTIONS) if backend.inner_layers(layer) else given
+    return {name: config[name] for name in sorted(names)}
 
 
 def _shape(entries: dict[str, dict[str, Any]]) -> Any:

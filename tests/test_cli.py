@@ -241,6 +241,7 @@ def test_convert_says_what_is_wrong_with_a_file_without_a_traceback(trained, tmp
     assert not (tmp_path / "out.keras").exists()
 
 
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
 def test_trust_is_for_losses_too(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("sgd", lambda y, p: (y - p) ** 2)

@@ -283,7 +283,9 @@ def test_files_of_version_0_1_still_load(name):
     loaded = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # which is how Keras says that it left something out
-        if name != "subclassed":  # which that version could not load either: it has its layers in a list
+        # That version could not load the subclassed one either, with layers in a list. Keras 3.15 wrote them all, in
+        # a form that Keras 3.13 does not read.
+        if name != "subclassed" and keras.version() >= "3.15":
             loaded = [load(make_files.FOLDER / f"{name}.keras") for load in LOADERS]
     for model in loaded:
         assert type(model.optimizer) is keras_mp.LossScaleOptimizer
