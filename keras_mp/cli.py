@@ -48,15 +48,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-# Whose layers make what is in them from their configuration, with the policy and class that it was saved with.
-_PACKAGES = ("keras", "keras_mp")
-
 _Modules = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import a module that registers custom layers. Repeatable."),
 ]
-_Trust = Annotated[bool, typer.Option("--trust", help="Run the Python code in a file with Lambda layers.")]
+_Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the Python code that a file holds, in layers, losses or metrics.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -150,12 +148,6 @@ def convert(
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"Wrote {target}.", markup=False)
-    if _makes_layers(converted):
-        console.print(
-            "What layers and models of your own make is made anew from a file, with Keras's layers: load it by "
-            f'keras_mp.load_model("{target.name}", "{policy}").',
-            markup=False,
-        )
 
 
 @app.command()
@@ -297,18 +289,21 @@ def _in_words() -> Iterator[None]:
         warnings.simplefilter("always", KerasMPWarning)
         try:
             yield
-        except KerasMPError as error:
-            _fail(str(error), error)
-        except (TypeError, ValueError) as error:  # what Keras raises for files that need something from the user
-            missing = re.search("Could not locate (class|function) '[^']*'", str(error))
-            if missing:
-                _fail(f"{missing[0]}. Name the module that registers it: --import MODULE.", error)
-            if "safe_mode" in str(error):
-                _fail("The file holds Python code. Add --trust if you know where it comes from.", error)
-            raise
+        except (KerasMPError, OSError) as error:
+            _fail(_in_terms_of_the_command(str(error)), error)
         finally:
             for each in told:
                 typer.echo(f"Warning: {each.message}", err=True)
+
+
+def _in_terms_of_the_command(message: str) -> str:
+    """The same advice in the options of this command, not in arguments of Python."""
+    missing = re.search("Could not locate (class|function) '[^']*'", message)
+    if missing:
+        return f"{missing[0]}. Name the module that registers it: --import MODULE."
+    if "safe_mode=False" in message:
+        return "The file holds Python code. Add --trust if you know where it comes from."
+    return message
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
@@ -329,12 +324,6 @@ def _layers_before_and_after(model: keras.Model, converted: keras.Model) -> list
         for path, layer in backend.layers_by_path(converted).items()
         if not backend.inner_layers(layer) and not isinstance(layer, keras.layers.InputLayer)
     ]
-
-
-def _makes_layers(model: keras.Model) -> bool:
-    """Whether a layer or model that is not Keras's makes layers in its own code."""
-    there = [model, *backend.layers_by_path(model).values()]
-    return any(backend.inner_layers(each) and _package(each) not in _PACKAGES for each in there)
 
 
 def _package(layer: keras.Layer) -> str:

@@ -4,7 +4,7 @@ import functools
 import re
 import traceback
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
@@ -96,14 +96,21 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
             "keras_mp.load_model(path, policy)."
         )
     wanted = chosen_policy(policy, "convert(model, {})")
-    return _Conversion(model, wanted).run()
+    converted = _Conversion(model, wanted).run()
+    converted._converted_to = keras.dtype_policies.serialize(wanted)  # for its files
+    return converted
 
 
-def duplicate(model: keras.Model) -> keras.Model:
+def _as_it_is(layer: keras.Layer, path: str) -> Choice:
+    return Choice(type(layer), layer.dtype_policy, {}, output_cast(layer), casts_losses(layer))
+
+
+def duplicate(model: keras.Model, choose: Callable[[keras.Layer, str], Choice] = _as_it_is) -> keras.Model:
     """A copy of a model as it is: layers of the same classes and policies, weights, optimizer's state, its wrapper.
 
     Args:
         model: a Keras model, built or not; it stays as it is.
+        choose: for layers that become others, as `Rebuild` takes it.
 
     Returns:
         The copy, compiled as the model is.
@@ -119,9 +126,7 @@ def duplicate(model: keras.Model) -> keras.Model:
     >>> type(copy.layers[0]) is keras.layers.LayerNormalization, copy.layers[0].compute_dtype
     (True, 'bfloat16')
     """
-    rebuild = Rebuild(
-        lambda layer, path: Choice(type(layer), layer.dtype_policy, {}, output_cast(layer), casts_losses(layer))
-    )
+    rebuild = Rebuild(choose)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="keras")  # Keras has said it when the model was made
         copy = rebuild(model)

@@ -1,10 +1,13 @@
 """`load_model`: a model from a `.keras` file with everything that was saved, under the policy asked for."""
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import h5py
 import keras
 
+from keras_mp import backend
 from keras_mp.convert import convert
-from keras_mp.errors import ConversionError
+from keras_mp.errors import ConversionError, KerasMPError
+from keras_mp.layer_record import restored
 
 __all__ = ["load_model"]
 
@@ -35,18 +40,24 @@ def load_model(
     by `keras_mp.convert`: its optimizer is wrapped in a `LossScaleOptimizer`, or taken out of it, as that policy needs,
     and goes on from the same state.
 
+    The file of a converted model says of each layer what it is, so that those which a model of KerasHub or of the
+    user's makes in its own code come back as they were, too. `keras.saving.load_model` does the same where keras_mp is
+    imported. A file is checked as a whole before anything is made from it.
+
     Args:
-        path: a `.keras` file.
+        path: a `.keras` file, or the folder that `keras.saving.save_model(model, path, zipped=False)` writes.
         policy: as for `keras_mp.convert`, or None for the policies that the layers were saved with.
         custom_objects: dictionary from names to classes and functions that are not registered with Keras.
         compile: whether to compile the model as it was compiled when it was saved.
-        safe_mode: whether to refuse files that hold Python code, as `Lambda` layers do.
+        safe_mode: whether to refuse files that hold Python code, as `Lambda` layers do, and losses, metrics and
+            schedules that are lambdas.
 
     Returns:
         The model.
 
     Raises:
-        ConversionError: there is no file, or it is not a `.keras` file or damaged, or the model cannot be converted.
+        ConversionError: there is no file, or it is not a `.keras` file or damaged, or the model cannot be made from it
+            or not be converted.
         PolicyError: for a policy that does not exist.
 
     Example:
@@ -67,26 +78,101 @@ def load_model(
             "keras_mp.convert(model, policy)."
         )
     path = pathlib.Path(path)
-    _require_keras_file(path)
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read(_CONFIG))
-        before = keras.config.dtype_policy()
-        # What layers make in their own code gets the global policy, so it must be that of the file.
-        keras.config.set_dtype_policy(_common_policy(config) or before)
-        try:
-            # The optimizer is loaded below: Keras would wrap it, or not, by the global policy.
-            model = keras.saving.load_model(path, custom_objects=custom_objects, compile=False, safe_mode=safe_mode)
-            if compile and config.get("compile_config"):
-                weights = archive.extract(_WEIGHTS, folder)
-                with keras.saving.custom_object_scope(custom_objects or {}):
-                    _compile(model, config["compile_config"], weights)
-        finally:
-            keras.config.set_dtype_policy(before)
+    _check(path)
+    try:
+        with contextlib.nullcontext(path) if path.is_dir() else path.open("rb") as source:
+            model = _read(source, custom_objects, compile, safe_mode)
+    except KerasMPError:
+        raise
+    except Exception as error:  # anything, from Keras, from what the file names and from what was made of it
+        raise ConversionError(f"{str(path)!r} cannot be loaded. {_what_to_do(error)}") from error
     return model if policy is None else convert(model, policy)
 
 
+def _read_for_keras(source: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True) -> Any:
+    """What `keras.saving.load_model` does: all as without us, but for files of models that have something of ours."""
+    read = _read if isinstance(_config_in(source).get("keras_mp"), dict) else backend.load_with_keras
+    return read(source, custom_objects, compile, safe_mode)
+
+
+backend.read_model_files_by(_read_for_keras)
+
+
+def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, safe_mode: bool) -> keras.Model:
+    """The model from an open file or from a folder."""
+    config = _config_in(source)
+    record = config.get("keras_mp")
+    before = keras.config.dtype_policy()
+    # What layers make in their own code gets the global policy, so it must be that of the file.
+    keras.config.set_dtype_policy(_common_policy(config) or before)
+    try:
+        with backend.trusting(safe_mode), keras.saving.custom_object_scope(custom_objects or {}):
+            model = _made_by_keras(source, config, custom_objects, safe_mode)
+            if record is not None:
+                model = restored(model, record)
+            if compile and config.get("compile_config"):
+                with _weights_in(source) as weights:
+                    _compile(model, config["compile_config"], weights)
+    finally:
+        keras.config.set_dtype_policy(before)
+    return model
+
+
+def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, safe_mode: bool) -> keras.Model:
+    """The model with its weights, not compiled: Keras would wrap its optimizer, or not, by the global policy."""
+    if (record := config.get("keras_mp")) is None:
+        return backend.load_with_keras(source, custom_objects, False, safe_mode)
+    failed: Any
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*had a build config, but")  # looked for below
+            model = backend.load_with_keras(source, custom_objects, False, safe_mode)
+        failed = _without_weights(model, source, record)
+    except Exception:
+        failed = True
+    if failed:
+        # In 16 bits its code may not run with Keras's layers, before those that it had are put in. In float32 it did.
+        keras.config.set_dtype_policy("float32")
+        model = backend.load_with_keras(source, custom_objects, False, safe_mode, config=_in_float32(config))
+        if failed := _without_weights(model, source, record):
+            raise ConversionError(
+                f"{model.name!r} could not be built from its file: {failed[0]!r} of class "
+                f"{record['layers'][failed[0]]['class']} has no weights there. Define `build_from_config` for it; or "
+                "make the model, call it once on data, model.load_weights(path), then keras_mp.convert(model, policy)."
+            )
+    return model
+
+
+def _without_weights(model: keras.Model, source: Any, record: dict[str, Any]) -> list[str]:
+    """The addresses of layers that have weights in the file and none here, over which Keras reads in silence."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (str, os.PathLike)):
+            file = stack.enter_context(h5py.File(pathlib.Path(source, _WEIGHTS)))
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(source))
+            file = stack.enter_context(h5py.File(stack.enter_context(archive.open(_WEIGHTS))))
+        filed: list[str] = []
+        file.visit(lambda name: filed.append(f"/{name.removesuffix('/vars/0')}") if name.endswith("/vars/0") else None)
+    there = backend.layers_by_address(model)
+    return [each for each in filed if each in record["layers"] and not (each in there and there[each].built)]
+
+
+def _in_float32(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_in_float32(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy":
+        return {**config, "config": {"name": "float32"}}
+    return {name: _in_float32(value) for name, value in config.items() if name != "keras_mp"}
+
+
 def _compile(model: keras.Model, config: dict[str, Any], weights: str) -> None:
-    if type(model).compile is not keras.Model.compile:
+    cls = type(model)
+    # A task of KerasHub compiles itself when it is made, by a `compile` of its own. What a file keeps is what that has
+    # given to Keras's.
+    compiles_itself = model.compiled and cls.compile_from_config is keras.Model.compile_from_config
+    if cls.compile is not keras.Model.compile and not compiles_itself:
         model.compile_from_config(config)
     else:
         arguments = keras.saving.deserialize_keras_object(config)
@@ -97,21 +183,47 @@ def _compile(model: keras.Model, config: dict[str, Any], weights: str) -> None:
             # Keras's own `compile` did it, which writes down only what it was given.
             optimizer = keras.optimizers.get(optimizer)
             arguments["optimizer"] = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-        model.compile(**arguments, auto_scale_loss=False)
+        keras.Model.compile(model, **arguments, auto_scale_loss=False)
     if model.built and getattr(model, "optimizer", None) is not None:
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         model.load_weights(weights)  # with the optimizer's
 
 
-def _common_policy(config: Any) -> keras.DTypePolicy | None:
-    """The policy that most layers in a file have, a mixed one before others."""
-    policies: collections.Counter[str] = collections.Counter(
-        json.dumps(policy, sort_keys=True) for policy in _policies(config)
-    )
-    mixed = [policy for policy in policies if '"mixed_' in policy]
-    most = max(mixed or policies, key=policies.__getitem__, default=None)
-    return None if most is None else keras.dtype_policies.get(json.loads(most))
+def _config_in(source: Any) -> dict[str, Any]:
+    if isinstance(source, (str, os.PathLike)):
+        return json.loads(pathlib.Path(source, _CONFIG).read_bytes())
+    with zipfile.ZipFile(source) as archive:
+        return json.loads(archive.read(_CONFIG))
+
+
+@contextlib.contextmanager
+def _weights_in(source: Any) -> Iterator[str]:
+    if isinstance(source, (str, os.PathLike)):
+        yield str(pathlib.Path(source, _WEIGHTS))
+        return
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(source) as archive:
+        yield archive.extract(_WEIGHTS, folder)
+
+
+def _common_policy(config: dict[str, Any]) -> keras.DTypePolicy | None:
+    """The policy that most layers in a file have, a mixed one before others, without quantization."""
+    if (record := config.get("keras_mp")) is None:
+        policies = list(_policies(config))
+    else:
+        policies = [entry["policy"] for entry in record["layers"].values()]
+    counts = collections.Counter(name for policy in policies if (name := _float_policy(policy)))
+    if record is not None:
+        # Layers get their own policy afterwards, from weights that must not have been rounded.
+        widest = max((keras.DTypePolicy(name).variable_dtype for name in counts), key=_bits, default=None)
+        counts = collections.Counter({n: c for n, c in counts.items() if keras.DTypePolicy(n).variable_dtype == widest})
+    mixed = [name for name in counts if name.startswith("mixed_")]
+    most = max(mixed or counts, key=counts.__getitem__, default=None)
+    return None if most is None else keras.DTypePolicy(most)
+
+
+def _bits(dtype: str) -> int:
+    return int(dtype.removeprefix("b").removeprefix("float"))
 
 
 def _policies(config: Any) -> Iterator[dict[str, Any]]:
@@ -126,27 +238,83 @@ def _policies(config: Any) -> Iterator[dict[str, Any]]:
             yield from _policies(value)
 
 
-def _require_keras_file(path: pathlib.Path) -> None:
+def _float_policy(policy: Any) -> str | None:
+    """The name of the policy that a quantized one was made of, or that is the default of a map."""
+    if isinstance(policy, str):
+        return policy.rpartition("_from_")[2]
+    config = policy.get("config") or {}
+    inner = config.get("source_name") or config.get("default_policy") or config.get("name")
+    return None if inner is None else _float_policy(inner)
+
+
+def _what_to_do(error: Exception) -> str:
+    """What an error says that Keras, or code that a file names, raised in loading it, and how to go on."""
+    # Behind the last of these stands what happened, before it a whole configuration.
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).rpartition("Exception encountered: ")[2].strip()
+    missing = re.search("Could not locate (?:class|function) '[^']*'", text)
+    if missing:
+        return f"{missing[0]}. Import the module that registers it, or add load_model(path, custom_objects={{...}})."
+    if "safe_mode" in text:
+        return "It holds Python code. If you know where it comes from: load_model(path, safe_mode=False)."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    says = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".")
+    return f"{type(error).__name__}: {says}. Unless the code that makes it has changed since, {_DAMAGED}"
+
+
+_DAMAGED = "it is damaged, incomplete or of another kind: save it again by model.save, or copy it anew."
+
+
+def _check(path: pathlib.Path) -> None:
+    """Refuses what is not the whole file of a model, byte for byte, before anything is made from it."""
     if not path.exists():
         raise ConversionError(f"There is no file {str(path)!r}. Expected a .keras file, as model.save writes it.")
     if path.is_dir():
-        raise ConversionError(
-            f"{str(path)!r} is a folder. Expected a .keras file; an exported SavedModel holds no layers to train, and "
-            "is loaded by tf.saved_model.load."
-        )
-    if zipfile.is_zipfile(path) and {_CONFIG, _WEIGHTS} <= set(zipfile.ZipFile(path).namelist()):
-        return
+        members = {each.name for each in path.iterdir()}
+        if _CONFIG not in members:
+            raise ConversionError(
+                f"{str(path)!r} is a folder. Expected a .keras file; an exported SavedModel holds no layers to train, "
+                "and is loaded by tf.saved_model.load."
+            )
+    elif not os.access(path, os.R_OK):
+        raise ConversionError(f"The file {str(path)!r} cannot be read: it is not yours to read. Ask its owner.")
+    elif not zipfile.is_zipfile(path):
+        raise ConversionError(f"{str(path)!r} is not a .keras file. {_what_it_is(path)}")
+    try:
+        what = _damage_in(path)
+    except Exception as error:  # zipfile, h5py and json raise a dozen kinds
+        what = f"{type(error).__name__}: {error}"
+    if what:
+        raise ConversionError(f"{str(path)!r} is not a .keras file, or not a whole one ({what}). {_what_it_is(path)}")
+
+
+def _damage_in(path: pathlib.Path) -> str | None:
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            names = {each.name for each in path.iterdir()}
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            names = set(archive.namelist())
+        for name in (_CONFIG, _WEIGHTS):
+            if name not in names:
+                return f"it has no {name}"
+        if not path.is_dir() and (changed := archive.testzip()):
+            return f"the bytes of {changed} are not those that were written"
+        weights = path / _WEIGHTS if path.is_dir() else stack.enter_context(archive.open(_WEIGHTS))
+        stack.enter_context(h5py.File(weights)).visititems(lambda name, item: None)
+        config = json.loads((path / _CONFIG).read_bytes() if path.is_dir() else archive.read(_CONFIG))
+    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
+        return f"{_CONFIG} describes no model"
+    return None
+
+
+def _what_it_is(path: pathlib.Path) -> str:
     if path.name.endswith(".weights.h5"):
-        what_to_do = (
-            "It holds weights alone: make the model, model.load_weights(path), then keras_mp.convert(model, policy)."
-        )
-    elif path.suffix in (".h5", ".hdf5"):
-        what_to_do = (
+        return "It holds weights alone: make the model, model.load_weights(path), then keras_mp.convert(model, policy)."
+    if path.suffix in (".h5", ".hdf5"):
+        return (
             'Load it by keras.saving.load_model, then save it by model.save("model.keras"), or type '
             "keras_mp.convert(model, policy)."
         )
-    elif path.suffix == ".keras":
-        what_to_do = "It is damaged, incomplete or of another kind: save it again by model.save, or copy it anew."
-    else:
-        what_to_do = 'Expected what model.save("model.keras") writes.'
-    raise ConversionError(f"{str(path)!r} is not a .keras file. {what_to_do}")
+    if path.suffix == ".keras" or path.is_dir():
+        return _DAMAGED[0].upper() + _DAMAGED[1:]
+    return 'Expected what model.save("model.keras") writes.'

@@ -1,16 +1,19 @@
 """What rests on private names of TensorFlow and Keras: each test fails with the name when one of them moves."""
 
+import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_mp
 from keras_mp import backend
 from tests.derivatives import with_two_derivatives
 
@@ -485,6 +488,8 @@ def test_the_cell_of_convolutional_lstms_is_the_class_that_its_layers_make():
     """Rests on `keras.src.layers.rnn.conv_lstm.ConvLSTMCell`."""
     for name in ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"):
         assert type(getattr(keras.layers, name)(1, 1).cell) is backend.ConvLSTMCell
+
+
 def test_what_is_tracked_is_listed_and_set():
     """Rests on `_tracker` of layers and optimizers: its `config`, `stored_ids`, `locked` and `_lock_violation_msg`."""
     layer = keras.layers.Dense(2)
@@ -572,3 +577,73 @@ def test_a_variable_is_read_in_another_dtype():
     with backend.reading_in("bfloat16", variable):
         assert keras.ops.convert_to_tensor(variable).dtype == tf.bfloat16
     assert keras.ops.convert_to_tensor(variable).dtype == tf.float32
+
+
+def test_what_is_excluded_from_weight_decay_is_found():
+    """Rests on `_exclude_from_weight_decay`, `_exclude_from_weight_decay_pattern` and `_var_key` of optimizers."""
+    kernel, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
+    optimizer = keras.optimizers.AdamW()
+    assert backend.excluded_from_weight_decay(optimizer, [kernel, bias]) == ([], None)
+    optimizer.exclude_from_weight_decay(var_list=[bias], var_names=["norm", "scale"])
+    (found,), pattern = backend.excluded_from_weight_decay(optimizer, [kernel, bias])
+    assert found is bias
+    assert sorted(pattern.split("|")) == ["norm", "scale"]
+
+
+def test_weights_are_filed_as_those_of_another_class(tmp_path):
+    """Rests on Keras's `_save_state`, `_load_state`, `_save_container_state` and `_load_container_state`."""
+    x = keras.Input((2,))
+    model = keras.Model(x, [keras.layers.Dense(1)(x), keras_mp.layers.Head(1)(x), keras.layers.Dense(1)(x)])
+    model.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        assert set(file["layers"]) == {"input_layer", "dense", "dense_1", "dense_2"}
+
+
+def test_layers_by_address_are_those_of_the_file(tmp_path):
+    """Rests on `_walk_saveable` of Keras's `saving_lib`, on its `KerasSaveable` and on `naming.to_snake_case`."""
+    x = keras.Input((3, 2))
+    y = keras.layers.Bidirectional(keras.layers.LSTM(2, return_sequences=True))(x)
+    model = keras.Model(x, keras.Sequential([keras.layers.Dense(2), keras_mp.layers.Head(1)])(y))
+    model.save_weights(tmp_path / "model.weights.h5")
+    filed = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visit(lambda name: filed.append(f"/{name}") if not name.rpartition("/")[2].isdigit() else None)
+    assert {name for name in filed if f"{name}/vars" in filed} == backend.layers_by_address(model).keys() - {""}
+
+
+def test_what_is_written_into_files_and_reads_them(tmp_path, monkeypatch):
+    """Rests on `_serialize_model_as_json`, `_load_model_from_fileobj` and `_load_model_from_dir` of `saving_lib`."""
+    lib = backend._saving_lib
+    for name in ("_serialize_model_as_json", "_load_model_from_fileobj", "_load_model_from_dir"):
+        monkeypatch.setattr(lib, name, getattr(lib, name))
+    backend.write_into_model_files("more", lambda model: model.name)
+    backend.read_model_files_by(lambda source, *args: ("read", args))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="this")
+    model.save(tmp_path / "model.keras")
+    keras.saving.save_model(model, tmp_path / "folder", zipped=False)
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["more"] == "this"
+    for name in ("model.keras", "folder"):
+        assert keras.saving.load_model(tmp_path / name, safe_mode=False) == ("read", (None, True, False))
+    with (tmp_path / "model.keras").open("rb") as file:
+        np.testing.assert_array_equal(
+            backend.load_with_keras(file, None, False, True).get_weights()[0], model.get_weights()[0]
+        )
+
+
+def test_load_with_keras_makes_a_model_of_another_configuration(tmp_path):
+    """Rests on `_model_from_config` of Keras's `saving_lib`."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="this")
+    keras.saving.save_model(model, tmp_path / "folder", zipped=False)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["config"]["name"] = "that"
+    assert backend.load_with_keras(tmp_path / "folder", None, False, True, config=config).name == "that"
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
+def test_trusting_reaches_what_keras_makes_inside():
+    """Rests on `SafeModeScope` and `in_safe_mode` of Keras's `serialization_lib`."""
+    config = keras.saving.serialize_keras_object(lambda x: x)
+    with backend.trusting(False):
+        assert keras.saving.deserialize_keras_object(config)(3) == 3
+    with backend.trusting(True), pytest.raises(ValueError, match="safe_mode"):
+        keras.saving.deserialize_keras_object(config, safe_mode=False)

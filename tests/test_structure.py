@@ -45,6 +45,7 @@ ORDER = [
     "rebuild",
     "recompile",
     "convert",
+    "layer_record",
     "loading",
     "diagnostics",
     "tune",

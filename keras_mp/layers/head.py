@@ -16,8 +16,8 @@ __all__ = ["Head", "matmul"]
 class Head(Quantizing, keras.layers.Dense):
     """A dense layer for the output of a model, that answers in float32 whatever the dtype policy is.
 
-    A drop-in for `keras.layers.Dense`, with the same arguments and weights. Keras files weights under the name of the
-    class, so those of a `Dense` come over by `head.set_weights(dense.get_weights())`, not from a file. Under a mixed
+    A drop-in for `keras.layers.Dense`, with the same arguments and weights, which stand in files where those of a
+    `Dense` would: the weights files of a model with either fit the other. Under a mixed
     policy the kernel and the inputs are rounded to 16 bits, as in `Dense`; their products are summed in float32 and the
     sum is not rounded. So logits above 65504 stay finite in float16, and classes that bfloat16 cannot tell apart do not
     tie. Bias and activation, a softmax for one, are computed in float32. The backward pass multiplies 16-bit numbers
@@ -96,6 +96,9 @@ class Head(Quantizing, keras.layers.Dense):
             self.activation = activation
         x = keras.ops.cast(x, "float32")
         return x if activation is None else activation(x)
+
+
+backend.store_like(Head, keras.layers.Dense)
 
 
 def matmul(a: Any, b: Any, transpose_a: bool, transpose_b: bool, output_dtype: tf.DType, wide: bool) -> Any:

@@ -1,0 +1,96 @@
+"""Writes tests/golden/files, which later versions must go on reading: `python -m tests.golden.make_files`.
+
+It is to be run again only for a new folder beside this one: these are files of version 0.1.0, which kept the weights of
+a `Head` under its own name.
+"""
+
+import pathlib
+import shutil
+
+import keras
+import numpy as np
+
+import keras_mp
+from keras_mp import backend
+
+FOLDER = pathlib.Path(__file__).parent / "files"
+X = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+
+
+@keras.saving.register_keras_serializable(package="golden")
+class Subclassed(keras.Model):
+    """Makes its layers in its constructor, as a user's model does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = keras.layers.Dense(5, "gelu")
+        self.norm = keras.layers.LayerNormalization()
+        self.heads = [keras.layers.Dense(3), keras.layers.Dense(2)]
+
+    def call(self, x):
+        """The outputs of both heads, side by side."""
+        h = self.norm(self.first(x))
+        return keras.ops.concatenate([head(h) for head in self.heads], -1)
+
+
+def functional():
+    """A layer of each kind, a dense one on either side of the head among the layers."""
+    x = keras.Input((6,))
+    h = keras.layers.Dense(5, "gelu", name="a")(x)
+    head = keras.layers.Dense(3, name="b")
+    y = head(h)
+    z = keras.layers.Dense(2, name="c")(keras.layers.BatchNormalization(name="n")(h))
+    return keras.Model(x, [y, keras.layers.Dense(2, name="d")(z)])
+
+
+def sequential():
+    """Three dense layers, the last of which becomes a head."""
+    return keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(units) for units in (5, 4, 3))])
+
+
+def nested():
+    """A model whose head stands in an inner one."""
+    x = keras.Input((6,))
+    return keras.Model(x, sequential()(keras.layers.Dense(6, name="outer")(x)))
+
+
+def subclassed():
+    """A model that makes its own layers, built."""
+    model = Subclassed()
+    model(X)
+    return model
+
+
+MODELS = {each.__name__: each for each in (functional, sequential, nested, subclassed)}
+POLICIES = {"functional": "mixed_float16", "sequential": "mixed_bfloat16", "nested": "mixed_float16"}
+
+
+def converted(name):
+    """The model as it was converted, before it was trained."""
+    return keras_mp.convert(MODELS[name](), POLICIES.get(name, "mixed_bfloat16"))
+
+
+def labels(outputs):
+    """What a model is trained on."""
+    return keras.tree.map_structure(np.zeros_like, outputs)
+
+
+def main() -> None:
+    """Converts each model, trains it for two steps, and writes it whole and its weights alone."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    keras.utils.set_random_seed(7)
+    backend.set_remapper(False)
+    for name in MODELS:
+        model = converted(name)
+        model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.Adam(0.01)), "mse", jit_compile=False)
+        y = labels(model.predict(X, verbose=0))
+        model.fit(X, y, batch_size=2, verbose=0)
+        model.save(FOLDER / f"{name}.keras")
+        model.save_weights(FOLDER / f"{name}.weights.h5")
+        outputs = keras.tree.flatten(model.predict(X, verbose=0))
+        np.savez(FOLDER / f"{name}.npz", *outputs)
+
+
+if __name__ == "__main__":
+    main()
