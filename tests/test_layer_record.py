@@ -122,11 +122,11 @@ def test_a_converted_model_comes_back_as_it_was(tmp_path, name, policy, load):
 
 @pytest.mark.parametrize("load", LOADERS, ids=["ours", "stock"])
 def test_it_comes_back_with_its_optimizer(tmp_path, load):
-    model = keras_mp.convert(of_blocks(), "mixed_float16")
+    model = keras_mp.convert(make_files.subclassed(), "mixed_float16")
     optimizer = keras_mp.LossScaleOptimizer(keras.optimizers.AdamW(1e-2), initial_scale=64.0)
-    model.blocks[0].trainable = False
+    model.first.trainable = False
     model.compile(optimizer, "mse", jit_compile=False)
-    y = np.ones((4, 3))
+    y = np.ones((4, 5))
     model.fit(X, y, batch_size=2, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = load(tmp_path / "model.keras")
