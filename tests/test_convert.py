@@ -736,7 +736,13 @@ def test_a_model_quantized_in_float8():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)])
     model.quantize("float8")
     given = normal(4, 6)
-    np.testing.assert_array_equal(keras_mp.convert(model, "mixed_bfloat16")(given), model(given))
+    mixed = keras_mp.convert(model, "mixed_bfloat16")
+    assert mixed.layers[0].dtype_policy.name == "float8_from_mixed_bfloat16"
+    expected = model(given).numpy()
+    np.testing.assert_allclose(
+        mixed(given), expected, rtol=0, atol=TOLERANCE["mixed_bfloat16"] * np.abs(expected).max()
+    )
+    np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(given), expected)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
