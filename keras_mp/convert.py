@@ -23,6 +23,8 @@ from keras_mp.inserted import (
     is_narrow,
     output_cast,
 )
+from keras_mp.layers.conv_lstm import ConvLSTMCell
+from keras_mp.layers.reversible_embedding import twin_for_keras_hub
 from keras_mp.policy import chosen_policy, named_policy, policies_in, stacklevel
 from keras_mp.policy_map import PolicyMap
 from keras_mp.rebuild import Choice, Rebuild
@@ -34,6 +36,7 @@ __all__ = ["convert", "duplicate"]
 _SAFE: dict[type, type] = {
     getattr(keras.layers, name): getattr(layers, name) for name in layers.__all__ if hasattr(keras.layers, name)
 }
+_SAFE[backend.ConvLSTMCell] = ConvLSTMCell
 _STOCK: dict[type, type] = {ours: stock for stock, ours in _SAFE.items()} | {layers.Head: keras.layers.Dense}
 _SAFE_ACTIVATIONS: dict[Any, Any] = {
     getattr(keras.activations, name): getattr(activations, name)
@@ -155,6 +158,10 @@ class _Conversion:
         # What no trace tells of a model that is not built yet.
         self.flow = Flow(last=_output_layers(model)) if flow is None else flow
         self.specs = specs if spec is None else [spec]
+        hub = twin_for_keras_hub()
+        self.safe = _SAFE | (dict([hub]) if hub else {})
+        self.stock = _STOCK | {ours: stock for stock, ours in self.safe.items() if stock not in _SAFE}
+        self.twinned = {*self.safe, *self.stock}
         # The penalty of `ActivityRegularization` is taken of what it is given.
         self.stay = (*backend.preprocessing_classes(), layers.Float32, keras.layers.ActivityRegularization)
 
@@ -275,14 +282,17 @@ class _Attempt:
         narrow = policy.compute_dtype in _NARROW
         if isinstance(layer, OutputCast) and not narrow:
             return None
-        cls = (_SAFE if narrow else _STOCK).get(type(layer), type(layer))
+        twins = self.conversion.safe if narrow else self.conversion.stock
+        cls = twins.get(type(layer), type(layer))
         if narrow and type(layer) in _DENSE and self.is_last(layer, path):
             cls = layers.Head
         arguments = {}
         activation = getattr(layer, "activation", None)
-        twins = _SAFE_ACTIVATIONS if narrow else _STOCK_ACTIVATIONS
-        if isinstance(activation, Hashable) and activation in twins:
-            arguments["activation"] = twins[activation]
+        functions = _SAFE_ACTIVATIONS if narrow else _STOCK_ACTIVATIONS
+        if isinstance(activation, Hashable) and activation in functions:
+            arguments["activation"] = functions[activation]
+        if isinstance(layer, backend.ConvLSTMCell):
+            arguments["rank"] = layer.rank  # which Keras's configuration of it leaves out
         penalty = layer.activity_regularizer
         if narrow and penalty is not None and not isinstance(penalty, Float32Regularizer):
             arguments["activity_regularizer"] = Float32Regularizer(penalty)
@@ -315,7 +325,8 @@ class _Attempt:
             return wanted
         # Some return float32 from 16-bit matmuls. What holds other layers is cast behind it instead: all that it
         # computes need not be in float32.
-        is_wide = type(layer) in (*_DENSE, keras.layers.ReversibleEmbedding, layers.ReversibleEmbedding)
+        tied = isinstance(layer, keras.layers.ReversibleEmbedding) and type(layer) in self.conversion.twinned
+        is_wide = tied or type(layer) in _DENSE
         answers = self.is_last(layer, path) and not is_wide and not backend.inner_layers(layer)
         flow = self.conversion.flow
         if answers or (id(layer) in flow.exact and not self.is_plain(path)):

@@ -15,6 +15,7 @@ from keras_mp import backend
 from keras_mp.convert import convert, duplicate
 from keras_mp.errors import ConversionError, KerasMPWarning
 from keras_mp.inserted import casts_losses, output_cast
+from keras_mp.layers.reversible_embedding import twin_for_keras_hub
 from keras_mp.policy import stacklevel
 from keras_mp.rebuild import Choice
 
@@ -163,6 +164,7 @@ def _class(name: str, there: type[keras.Layer]) -> type[keras.Layer]:
     """The class of a registered name, which is to take the place of another: one is the other's base."""
     if name == keras.saving.get_registered_name(there):
         return there
+    twin_for_keras_hub()  # is registered by that
     cls = keras.saving.get_registered_object(name) or getattr(keras.layers, name, None)
     if not isinstance(cls, type) or not (issubclass(cls, there) or issubclass(there, cls)):
         raise ConversionError(

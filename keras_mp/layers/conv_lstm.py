@@ -11,8 +11,12 @@ from keras_mp.layers.recurrent import Cell, WideStates, masked
 __all__ = ["ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"]
 
 
-class _ConvLSTMCell(Cell, backend.ConvLSTMCell):
+class ConvLSTMCell(Cell, backend.ConvLSTMCell):
     """One step: convolutions in the compute dtype, sums, gates and states in float32."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.autocast = False
 
     def get_initial_state(self: Any, batch_size: Any = None) -> list[Any]:
         """Zeros, in float32 or float64."""
@@ -78,7 +82,7 @@ class _ConvLSTM(WideStates):
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        object.__setattr__(self.cell, "__class__", _ConvLSTMCell)  # as for `LSTM`
+        object.__setattr__(self.cell, "__class__", ConvLSTMCell)  # as for `LSTM`
         self.cell.autocast = False
 
 

@@ -1,5 +1,7 @@
 """The embedding of a language model that also makes its logits, in float32."""
 
+import functools
+import sys
 from typing import Any
 
 import keras
@@ -10,7 +12,7 @@ from keras_mp.layers.embedding import rows_of
 from keras_mp.layers.head import matmul
 from keras_mp.products import are_wide
 
-__all__ = ["ReversibleEmbedding"]
+__all__ = ["ReversibleEmbedding", "twin_for_keras_hub"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -73,6 +75,23 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
 
     def _logits_dtype(self) -> str:
         return str(keras.backend.result_type(self.compute_dtype, "float32"))
+
+
+def twin_for_keras_hub() -> "tuple[type, type] | None":
+    """KerasHub's class of that name and its twin, where KerasHub is imported and has one of its own.
+
+    KerasHub's models are made of it, and not of Keras's.
+    """
+    hub = getattr(sys.modules.get("keras_hub"), "layers", None)
+    stock = getattr(hub, "ReversibleEmbedding", keras.layers.ReversibleEmbedding)
+    return None if stock is keras.layers.ReversibleEmbedding else (stock, _twin(stock))
+
+
+@functools.cache
+def _twin(stock: type) -> type:
+    members = {"__doc__": ReversibleEmbedding.__doc__, "__module__": __name__}
+    twin = type("ReversibleEmbedding", (ReversibleEmbedding, stock), members)
+    return keras.saving.register_keras_serializable("keras_mp", "KerasHubReversibleEmbedding")(twin)
 
 
 def _stored(weight: Any) -> Any:
