@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["Flow", "Traced", "flow_of", "input_specs", "is_foreign", "trace"]
+__all__ = ["Call", "Flow", "Traced", "flow_of", "input_specs", "is_foreign", "trace"]
 
 # Positional and named arguments.
 Specs = tuple[tuple[Any, ...], dict[str, Any]]

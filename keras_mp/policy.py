@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 
 import keras
 
-from keras_mp import backend, hardware
+from keras_mp import backend, hardware, policy_map
 from keras_mp.errors import KerasMPWarning, PolicyError
-from keras_mp.policy_map import PolicyMap
 from keras_mp.product_times import ProductTimes
 
 __all__ = [
@@ -234,7 +233,7 @@ def named_policy(policy: keras.DTypePolicy, path: str) -> tuple[keras.DTypePolic
         policy: a policy, or a map of them.
         path: the names from the model down to the layer, joined by "/".
     """
-    if isinstance(policy, PolicyMap):
+    if isinstance(policy, policy_map.PolicyMap):
         return policy[path], policy.names(path)
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return policy[path], policy[path] != policy.default_policy

@@ -579,17 +579,6 @@ def test_a_variable_is_read_in_another_dtype():
     assert keras.ops.convert_to_tensor(variable).dtype == tf.float32
 
 
-def test_what_is_excluded_from_weight_decay_is_found():
-    """Rests on `_exclude_from_weight_decay`, `_exclude_from_weight_decay_pattern` and `_var_key` of optimizers."""
-    kernel, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
-    optimizer = keras.optimizers.AdamW()
-    assert backend.excluded_from_weight_decay(optimizer, [kernel, bias]) == ([], None)
-    optimizer.exclude_from_weight_decay(var_list=[bias], var_names=["norm", "scale"])
-    (found,), pattern = backend.excluded_from_weight_decay(optimizer, [kernel, bias])
-    assert found is bias
-    assert sorted(pattern.split("|")) == ["norm", "scale"]
-
-
 def test_weights_are_filed_as_those_of_another_class(tmp_path):
     """Rests on Keras's `_save_state`, `_load_state`, `_save_container_state` and `_load_container_state`."""
     x = keras.Input((2,))

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_mp import backend, fusion, products
 from keras_mp.layers.recurrent import Cell, WideStates, masked
 
-__all__ = ["ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"]
+__all__ = ["ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "ConvLSTMCell"]
 
 
 class ConvLSTMCell(Cell, backend.ConvLSTMCell):
