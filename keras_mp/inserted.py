@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import backend
-from keras_mp.errors import ArgumentError
+from keras_mp.errors import ConversionError
 
 __all__ = [
     "Float32Operation",
@@ -321,10 +321,10 @@ def cast_outputs(layer: keras.Layer, dtype: str) -> None:
         dtype: "float16" or "bfloat16".
 
     Raises:
-        ArgumentError: for another dtype.
+        ConversionError: for another dtype.
     """
     if dtype not in _NARROW:
-        raise ArgumentError(f'Outputs are cast to "float16" or "bfloat16". Received: dtype={dtype!r}.')
+        raise ConversionError(f'Outputs are cast to "float16" or "bfloat16". Received: dtype={dtype!r}.')
     vars(layer)["call"] = _OfOneLayer(layer, "call", dtype, _call)
     vars(layer)["compute_output_spec"] = _OfOneLayer(layer, "compute_output_spec", dtype, _output_spec)
 
