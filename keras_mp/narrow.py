@@ -48,9 +48,7 @@ def float32_slots() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_float32(
-    optimizers: Sequence[keras.optimizers.Optimizer], variables: Sequence[keras.Variable]
-) -> Iterator[None]:
+def in_float32(optimizers: Sequence[keras.optimizers.Optimizer], variables: Sequence[keras.Variable]) -> Iterator[None]:
     """Inside, optimizers update variables of 16 bits in float32, and round what comes of it once.
 
     Args:
