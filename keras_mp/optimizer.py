@@ -60,17 +60,17 @@ the updates would be thousands of times too small. Write
 or optimizer.minimize(compute_loss, variables), which does all of it."""
 
 
-_CLIPPED_SCALED = """The gradients were limited by tf.{clipped} while they were still multiplied by the loss scale, so \
-that they are thousands of times too small: the limit is meant for the gradients themselves. Write
+_CLIPPED_SCALED = """The gradients were limited by tf.{clipped} while they were still multiplied by the loss scale, \
+so that they are thousands of times too small: the limit is meant for the gradients themselves. Write
 
     gradients = optimizer.unscale(tape.gradient(loss, variables))
 
-before it; apply_gradients sees that they are unscaled. Or set `clipnorm`, `clipvalue` or `global_clipnorm` on the inner \
-optimizer, which clips the sum over all replicas."""
+before it; apply_gradients sees that they are unscaled. Or set `clipnorm`, `clipvalue` or `global_clipnorm` on the \
+inner optimizer, which clips the sum over all replicas."""
 
-_UNSCALED_ELSEWHERE = """optimizer.unscale(...) was called in one function and apply {} with gradients of unknown origin, \
-which were taken for scaled ones, and unscaled. If they were unscaled before, call both in the same tf.function, or both \
-outside of any."""
+_UNSCALED_ELSEWHERE = """optimizer.unscale(...) was called in one function and apply {} with gradients of unknown \
+origin, which were taken for scaled ones, and unscaled. If they were unscaled before, call both in the same \
+tf.function, or both outside of any."""
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")

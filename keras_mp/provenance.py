@@ -1,6 +1,6 @@
 """What a tensor in a graph was made of: gradients of a scaled loss, or such as were unscaled before.
 
-`LossScaleOptimizer` marks the scale it hands out and the gradients it unscales, by operations of a certain name, so that
+`LossScaleOptimizer` marks the scale it hands out and the gradients it unscales, by operations of a certain name. So
 the graph itself tells whether `apply` still has to unscale: also behind arithmetic, conditions and other functions.
 """
 
