@@ -152,7 +152,8 @@ def clipped_by(gradient: tf.Tensor, marks: Marks) -> str | None:
 
 def _given_to(tensor: tf.Tensor, prefix: str) -> list[tf.Tensor]:
     """The tensors that go into the operations under a name that a tensor was made by."""
-    given, waiting, seen = [], [tensor], set()
+    given: list[tf.Tensor] = []
+    waiting, seen = [tensor], set[str]()
     while waiting:
         op = waiting.pop().op
         for each in op.inputs:
