@@ -26,7 +26,9 @@ __all__ = [
     "build",
     "built_already",
     "call",
+    "call_around_epochs",
     "call_before_training",
+    "called_functions",
     "checkpointed",
     "compile_arguments",
     "compute_loss",
@@ -1125,6 +1127,57 @@ def call_before_training(check: Callable[[keras.Model], None]) -> None:
         return make_train_function(self, *args, **kwargs)
 
     trainer.compile, maker.make_train_function = compile_and_check, check_and_make
+
+
+def call_around_epochs(begin: Callable[[keras.Model], None], end: Callable[[keras.Model], None]) -> None:
+    """Has functions called with every Keras model whose `fit` begins, and with those that end an epoch.
+
+    Keras calls callbacks of the user's only.
+
+    Args:
+        begin: gets the model before the first epoch.
+        end: gets the model after each epoch.
+    """
+    callbacks = keras.callbacks.CallbackList
+    on_train_begin, on_epoch_end = callbacks.on_train_begin, callbacks.on_epoch_end
+
+    @functools.wraps(on_train_begin)
+    def begin_first(self: Any, logs: Any = None) -> None:
+        if self.model is not None:
+            begin(self.model)
+        on_train_begin(self, logs)
+
+    @functools.wraps(on_epoch_end)
+    def end_then(self: Any, epoch: int, logs: Any = None) -> None:
+        on_epoch_end(self, epoch, logs)
+        if self.model is not None:
+            end(self.model)
+
+    callbacks.on_train_begin, callbacks.on_epoch_end = begin_first, end_then
+
+
+_CALLING = {
+    "PartitionedCall": ("f",),
+    "StatefulPartitionedCall": ("f",),
+    "If": ("then_branch", "else_branch"),
+    "StatelessIf": ("then_branch", "else_branch"),
+    "While": ("body",),
+    "StatelessWhile": ("body",),
+}
+
+
+def called_functions(op: tf.Operation) -> list[tuple[str, Any]]:
+    """Names and graphs of the functions that an operation calls; TensorFlow has no public way from one to the other.
+
+    Args:
+        op: of a graph.
+    """
+    if op.type in ("Case", "StatelessCase"):
+        names = [function.name for function in op.get_attr("branches")]
+    else:
+        names = [op.get_attr(attribute).name for attribute in _CALLING.get(op.type, ())]
+    functions = [(name, op.graph._get_function(name)) for name in names]
+    return [(name, function.graph) for name, function in functions if getattr(function, "graph", None) is not None]
 
 
 def saving_to_h5() -> bool:

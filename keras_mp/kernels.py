@@ -126,7 +126,7 @@ def _adam(optimizer: Any, sum_repeated_ids: bool) -> _Kernel:
         beta_1_power, beta_2_power = powers[gradient.dtype.name]
         velocity = backend.tensorflow_variable(optimizer._velocities[place])
         if isinstance(gradient, tf.IndexedSlices):
-            gradient = dense(_add_squares(gradient, velocity, optimizer.beta_2))
+            gradient = dense(_add_squares(gradient, velocity, float(number(optimizer.beta_2))))
         return tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=backend.tensorflow_variable(optimizer._momentums[place]).handle,

@@ -156,6 +156,37 @@ class LossScaling:
             nonfinite_losses=tf.where(finite, zero, state.nonfinite_losses + tf.where(loss_finite, zero, one)),
         )
 
+    def explain_skips(self, skipped: int, steps: int, which: str, scale: float, consecutive_skips: int) -> str:
+        """That most steps were skipped and what to try, in words for the user.
+
+        Args:
+            skipped: how many steps were.
+            steps: how many there were.
+            which: steps, in words.
+            scale: the scale now.
+            consecutive_skips: how many steps were skipped since the last one that was not.
+        """
+        if not consecutive_skips and scale < self.initial_scale:
+            advice = (
+                f"The scale began at {self.initial_scale:g} and has fallen to {scale:g}. Type "
+                f"LossScaleOptimizer(..., initial_scale={scale:g}) to begin there."
+            )
+        elif scale <= self.min_scale or not self.dynamic:
+            advice = (
+                "It cannot fall any further. Give the layer whose gradient overflows dtype='float32', or use "
+                "mixed_bfloat16, which has float32's range."
+            )
+        else:
+            advice = (
+                "Type np.isfinite(x).all() to see that the data are finite, and set `global_clipnorm` on the inner "
+                "optimizer or lower the learning rate if the loss grows. If the data and the loss are finite, type "
+                f"LossScaleOptimizer(..., initial_scale={max(scale / 16, self.min_scale):g})."
+            )
+        return (
+            f"{skipped} of {steps} training steps {which} were skipped because their gradients were not finite, so the "
+            f"model has learnt from {steps - skipped} only. The loss scale is {scale:g} now. {advice}"
+        )
+
     def explain_stuck(self, scale: float, consecutive_skips: int, nonfinite_losses: int) -> str:
         """Why so many steps in a row were skipped and what to try, in words for the user.
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, distribution, narrow
+from keras_mp import backend, distribution, narrow, provenance
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
 from keras_mp.policy import needs_loss_scaling, stacklevel
@@ -46,6 +46,9 @@ _OWN_ARGUMENTS: dict[str, Any] = {
 }
 _OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
 
+# A loop of one's own has no epochs, after the first of which to say that most steps were skipped.
+_STEPS_TO_JUDGE_BY = 100
+
 _UNSCALED_LOSS = """LossScaleOptimizer divides gradients by its loss scale, and this loss was never multiplied by it: \
 the updates would be thousands of times too small. Write
 
@@ -55,6 +58,19 @@ the updates would be thousands of times too small. Write
     optimizer.apply_gradients(zip(gradients, variables))
 
 or optimizer.minimize(compute_loss, variables), which does all of it."""
+
+
+_CLIPPED_SCALED = """The gradients were limited by tf.{clipped} while they were still multiplied by the loss scale, \
+so that they are thousands of times too small: the limit is meant for the gradients themselves. Write
+
+    gradients = optimizer.unscale(tape.gradient(loss, variables))
+
+before it; apply_gradients sees that they are unscaled. Or set `clipnorm`, `clipvalue` or `global_clipnorm` on the \
+inner optimizer, which clips the sum over all replicas."""
+
+_UNSCALED_ELSEWHERE = """optimizer.unscale(...) was called in one function and apply {} with gradients of unknown \
+origin, which were taken for scaled ones, and unscaled. If they were unscaled before, call both in the same \
+tf.function, or both outside of any."""
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -115,6 +131,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     >>> with tf.GradientTape() as tape:
     ...     loss = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
     >>> gradients = tape.gradient(loss, model.trainable_variables)
+    >>> _ = optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+    Clipped by hand, they are unscaled before; `apply` sees that they are:
+
+    >>> with tf.GradientTape() as tape:
+    ...     loss = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
+    >>> gradients = optimizer.unscale(tape.gradient(loss, model.trainable_variables))
+    >>> gradients, norm = tf.clip_by_global_norm(gradients, 1.0)
     >>> _ = optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 
     Reference:
@@ -184,15 +208,22 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._scaling = scaling
         self._update = WeightUpdate(inner_optimizer, jit_compile, sum_repeated_ids)
         # What `scale_loss` saw, for the `apply` of the same step: whether the loss was finite, and that it was called.
-        self._loss_finite: dict[int, tf.Tensor] = {}  # by thread, for replicas run in one each
+        self._loss_finite: dict[int, list[tf.Tensor]] = {}  # by thread, for replicas run in one each
         self._scale_was_used = False
         self._stuck_told_at = 0
+        # What `unscale` did, for the `apply` of the same step: in a graph by marks, else by thread the gradients that
+        # it was given; and whether it was called in a graph in which no gradients of it were applied.
+        self._marks = provenance.Marks()
+        self._unscaled_from: dict[int, list[Any]] = {}
+        self._unscale_was_used = self._unscaled_in_graph = False
+        self._steps_at_begin: tuple[int, int] | None = None
+        self._told_of_skips = False
 
     @property
     def loss_scale(self) -> tf.Tensor:
         """The factor that the next loss is multiplied by, a float32 scalar tensor."""
         self._scale_was_used = True
-        return self._read().scale
+        return self._marks.put(self._read().scale, provenance.SCALED)
 
     @property
     def skipped_steps(self) -> tf.Tensor:
@@ -270,6 +301,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def scale_loss(self, loss: Any) -> tf.Tensor:
         """Multiplies the loss by the scale. Call it inside the tape, on the loss whose gradients are taken.
 
+        It may be called for several losses of a step. Where one of them is not finite, and the step is skipped for it,
+        `LossScaleStuckError` says so.
+
         Args:
             loss: tensor or number of any shape. A 16-bit loss is cast to float32 first: scaled in float16, a loss of 3
                 is infinite.
@@ -280,8 +314,59 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._scale_was_used = True
         loss = tf.convert_to_tensor(loss)
         loss = tf.cast(loss, tf.float64 if loss.dtype == tf.float64 else tf.float32)
-        self._loss_finite[threading.get_ident()] = tf.reduce_all(tf.math.is_finite(loss))
-        return loss * tf.cast(self._state().scale, loss.dtype)
+        thread = threading.get_ident()
+        self._loss_finite[thread] = [*self._losses_seen(), tf.reduce_all(tf.math.is_finite(loss))]
+        self._unscaled_from.pop(thread, None)  # another step begins
+        return loss * tf.cast(self._marks.put(self._state().scale, provenance.SCALED), loss.dtype)
+
+    def unscale(self, gradients: Any) -> Any:
+        """Divides gradients of the scaled loss by the scale, to clip or log them, add noise, or take their norm.
+
+        `apply` takes gradients as they come from the tape, and such as this returned or as were made of them by any
+        arithmetic; it sees which they are, where both are called in the same `tf.function` or both outside of one.
+        Unscaling for a log changes nothing. In eager code, where no graph tells what a tensor was made of, those
+        applied after an `unscale` count as unscaled unless they are the very ones that it was given.
+
+        Args:
+            gradients: as `tape.gradient` returned them: a list, tuple or other structure of dense tensors,
+                `tf.IndexedSlices` and `None`, of any float dtype.
+
+        Returns:
+            The same structure with float32 gradients (float64 where they are), sparse where they were. What was
+            infinite is NaN, so that no clipping makes a finite number of it and `apply` skips the step.
+
+        Example:
+
+        >>> import keras, keras_mp
+        >>> weight = keras.Variable([3.0, 4.0])
+        >>> optimizer = keras_mp.LossScaleOptimizer(keras.optimizers.SGD(1.0))
+        >>> with tf.GradientTape() as tape:
+        ...     loss = optimizer.scale_loss(tf.reduce_sum(weight.value**2) / 2)
+        >>> gradients = optimizer.unscale(tape.gradient(loss, [weight.value]))
+        >>> clipped, norm = tf.clip_by_global_norm(gradients, 1.0)
+        >>> optimizer.apply(clipped, [weight])
+        >>> float(norm), weight.numpy().round(2).tolist()
+        (5.0, [2.4, 3.2])
+        """
+        self._scale_was_used = self._unscale_was_used = True
+        scale = self._state().scale
+        gradients = gradients if tf.is_tensor(gradients) or hasattr(gradients, "__len__") else list(gradients)
+        if tf.executing_eagerly():
+            given = self._unscaled_from.setdefault(threading.get_ident(), [])
+            given += [each for each in tf.nest.flatten(gradients) if each is not None]
+        else:
+            self._unscaled_in_graph = True
+
+        def unscaled(gradient: Any) -> Any:
+            if gradient is None:
+                return None
+            if isinstance(gradient, tf.IndexedSlices):
+                return tf.IndexedSlices(unscaled(gradient.values), gradient.indices, gradient.dense_shape)
+            quotient = unscale(gradient, scale)
+            quotient = tf.where(tf.math.is_finite(quotient), quotient, tf.cast(float("nan"), quotient.dtype))
+            return self._marks.put(quotient, provenance.UNSCALED)
+
+        return tf.nest.map_structure(unscaled, gradients)
 
     def apply(
         self,
@@ -292,10 +377,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Args:
             grads: gradients of the scaled loss, one for each variable, of any float dtype, dense or
-                `tf.IndexedSlices`. Where the gradient is `None` the variable stays as it is.
+                `tf.IndexedSlices`, as they are or made of what `unscale` returned. Where the gradient is `None` the
+                variable stays as it is.
             trainable_variables: what to update; by default what the optimizer was built on.
 
         Raises:
+            ArgumentError: for a gradient made of both scaled and unscaled ones.
             LossScaleStuckError: when this is the `max_consecutive_skips`-th step in a row to be skipped.
             ValueError: for variables that the optimizer was not built on, or no gradient at all.
         """
@@ -312,8 +399,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._scale_was_used = True
             warnings.warn(_UNSCALED_LOSS, KerasMPWarning, stacklevel=3)
         loss_finite, scale = self._take_loss_finite(), None
+        done = self._already_unscaled(grads)
+        if any(done):
+            # Those that are replaced by their gradients never had a scale in them, which `unscale` cannot know.
+            grads = [
+                g
+                if g is None or each != replaces_variable(v)
+                else unscale(g, _reciprocal_if(each, self._state().scale))
+                for g, v, each in zip(grads, variables, done, strict=True)
+            ]
+            scale = tf.ones([])
         if tf.distribute.has_strategy():
-            grads, loss_finite = self._over_replicas(grads, variables, loss_finite)
+            grads, loss_finite = self._over_replicas(grads, variables, loss_finite, unscaled=any(done))
             scale = tf.ones([])
         distribution.on_each_device(
             lambda grads, loss_finite, scale: self._step(grads, variables, loss_finite, scale),
@@ -425,6 +522,36 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         for name, variable in self._own_state.items():
             variable.assign(getattr(state, name))
 
+    def _counts(self) -> tuple[int, int]:
+        """How many steps were skipped, and how many there were."""
+        if not self.built:
+            return 0, 0
+        skipped = int(self._state().skipped_steps)
+        # Keras has no public name for all steps where it accumulates gradients.
+        return skipped, skipped + int(keras.ops.convert_to_numpy(self.inner_optimizer._iterations))
+
+    def _begin_training(self) -> None:
+        self._steps_at_begin = self._counts()
+
+    def _end_epoch(self) -> None:
+        """Warns after the first epoch of a training of which most steps were skipped."""
+        if self._steps_at_begin is None:
+            return
+        (skipped, steps), (before, steps_before) = self._counts(), self._steps_at_begin
+        self._steps_at_begin = None
+        self._warn_of_skips(skipped - before, steps - steps_before, "of the first epoch")
+
+    def _warn_of_skips(self, skipped: int, steps: int, which: str) -> None:
+        if 2 * skipped <= steps or self._told_of_skips:
+            return
+        self._told_of_skips = True
+        state = self._state()
+        warnings.warn(
+            self._scaling.explain_skips(skipped, steps, which, float(state.scale), int(state.consecutive_skips)),
+            KerasMPWarning,
+            stacklevel=stacklevel(),
+        )
+
     def _read(self) -> LossScaleState:
         """The state for a user, who is told here where the training step could not tell him that it is stuck."""
         state = self._state()
@@ -451,7 +578,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return variables
 
     def _over_replicas(
-        self, grads: list[Any], variables: list[keras.Variable], loss_finite: "tf.Tensor | bool"
+        self, grads: list[Any], variables: list[keras.Variable], loss_finite: "tf.Tensor | bool", unscaled: bool
     ) -> tuple[list[Any], tf.Tensor]:
         """Unscaled gradients of the global batch, and whether the loss was finite on every replica.
 
@@ -461,10 +588,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scale = self._state().scale
         replaced = [replaces_variable(v) for v in variables]
         scaled = self.reduce_dtype == "float16"  # unscaled, it would underflow
-        given = [
-            None if g is None or over else _as_dtype(g if scaled else unscale(g, scale), self.reduce_dtype)
-            for g, over in zip(grads, replaced, strict=True)
-        ]
+
+        def prepared(gradient: Any) -> Any:
+            if unscaled != scaled:  # it is as it is to be sent
+                return _as_dtype(gradient, self.reduce_dtype)
+            return _as_dtype(unscale(gradient, _reciprocal_if(unscaled, scale)), self.reduce_dtype)
+
+        given = [None if g is None or over else prepared(g) for g, over in zip(grads, replaced, strict=True)]
         *sums, bad_losses = distribution.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
         if self.reduce_dtype != "float32":
             sums = [None if s is None else unscale(s, scale if scaled else tf.ones([])) for s in sums]
@@ -490,15 +620,78 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         state = self._scaling.update(state, finite, loss_finite)
         self._assign_state(state)
         self._raise_if_stuck(state)
+        self._warn_if_most_are_skipped(state)
+
+    def _already_unscaled(self, grads: list[Any]) -> list[bool]:
+        """Which gradients were made of what `unscale` returned. Warns of those that were clipped without it."""
+        tensors = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        given = self._unscaled_from.pop(threading.get_ident(), None)
+        if tf.executing_eagerly():
+            if given is not None:
+                return [g is not None and all(g is not each for each in given) for g in grads]
+            if self._unscaled_in_graph:
+                self._unscaled_in_graph = False
+                warnings.warn(_UNSCALED_ELSEWHERE.format("outside of it"), KerasMPWarning, stacklevel=stacklevel())
+            return [False] * len(grads)
+        in_graph = [t for t in tensors if hasattr(t, "graph")]
+        if not self._unscale_was_used:
+            clipped = next(filter(None, (provenance.clipped_by(t, self._marks) for t in in_graph)), None)
+            if clipped:
+                warnings.warn(_CLIPPED_SCALED.format(clipped=clipped), KerasMPWarning, stacklevel=stacklevel())
+            return [False] * len(grads)
+        marks = iter(self._marks.found(in_graph))
+        found = [next(marks) if hasattr(t, "graph") else frozenset() for t in tensors]
+        if any(len(each) > 1 for each in found):
+            raise ArgumentError(
+                "apply() received a gradient that was made of scaled gradients as well as of such as `unscale` "
+                "returned, so that it is neither. Unscale first, and compute with nothing but what it returned: "
+                "gradients = optimizer.unscale(gradients)"
+            )
+        unscaled = any(provenance.UNSCALED in each for each in found)
+        if unscaled:
+            self._unscaled_in_graph = False
+        elif given is not None and not any(found):
+            warnings.warn(_UNSCALED_ELSEWHERE.format("in another one"), KerasMPWarning, stacklevel=stacklevel())
+        clipped = next(filter(None, (provenance.clipped_by(t, self._marks) for t in in_graph)), None)
+        if clipped:
+            warnings.warn(_CLIPPED_SCALED.format(clipped=clipped), KerasMPWarning, stacklevel=stacklevel())
+        # What was made of neither, such as zeros in place of a gradient, goes along with the others.
+        return [
+            unscaled and g is not None and provenance.SCALED not in each for g, each in zip(grads, found, strict=True)
+        ]
+
+    def _losses_seen(self) -> list[tf.Tensor]:
+        """Whether each loss since the last `apply` was finite, of those that can be used here."""
+        seen = self._loss_finite.pop(threading.get_ident(), [])
+        if tf.executing_eagerly():
+            seen = [each for each in seen if hasattr(each, "numpy")]
+            return [tf.reduce_all(tf.stack(seen))] if seen else []
+        graphs, graph = [], tf.compat.v1.get_default_graph()
+        while graph is not None:
+            graphs.append(graph)
+            graph = getattr(graph, "outer_graph", None)
+        return [each for each in seen if not hasattr(each, "numpy") and any(each.graph is one for one in graphs)]
 
     def _take_loss_finite(self) -> "tf.Tensor | bool":
-        """Whether the loss that `scale_loss` saw in this step was finite; True where that cannot be known."""
-        seen = self._loss_finite.pop(threading.get_ident(), None)
-        if seen is None or tf.executing_eagerly() != hasattr(seen, "numpy"):
-            return True
-        if not tf.executing_eagerly() and seen.graph is not tf.compat.v1.get_default_graph():
-            return True
-        return seen
+        """Whether all losses that `scale_loss` saw in this step were finite; True where that cannot be known."""
+        seen = self._losses_seen()
+        return tf.reduce_all(tf.stack(seen)) if seen else True
+
+    def _warn_if_most_are_skipped(self, state: LossScaleState) -> None:
+        """Warns after so many steps of a loop that has no epochs, where most were skipped."""
+        if self._told_of_skips or self._steps_at_begin is not None or backend.in_xla_context():
+            return
+        steps = state.skipped_steps + tf.cast(self.inner_optimizer._iterations.value, tf.int64)
+        told = (steps == _STEPS_TO_JUDGE_BY) & (2 * state.skipped_steps > steps)
+
+        def warn(skipped: Any, steps: Any) -> None:
+            self._warn_of_skips(int(skipped), int(steps), "so far")
+
+        if tf.executing_eagerly():
+            if told:
+                warn(state.skipped_steps, steps)
+        else:
+            tf.cond(told, lambda: tf.py_function(warn, [state.skipped_steps, steps], []), tf.no_op)
 
     def _raise_if_stuck(self, state: LossScaleState) -> None:
         def make_error(scale: float, skipped: int, consecutive: int, nonfinite_losses: int) -> LossScaleStuckError:
@@ -514,6 +707,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 raise make_error(*(fact.numpy() for fact in facts))
         elif not backend.in_xla_context():
             tf.cond(stuck, lambda: backend.raise_from_graph(make_error, facts), tf.no_op)
+
+
+def _optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """Those that train a model: beside optimizers of the user's, not the one that `compile` was called without."""
+    held = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+    compiled = getattr(model, "optimizer", None)
+    others = [optimizer for optimizer in held if optimizer is not compiled]
+    return others or ([] if compiled is None else [compiled])
+
+
+def _reciprocal_if(condition: bool, scale: tf.Tensor) -> tf.Tensor:
+    return tf.math.reciprocal(scale) if condition else scale
 
 
 def _as_dtype(gradient: "tf.Tensor | tf.IndexedSlices", dtype: str) -> "tf.Tensor | tf.IndexedSlices":
@@ -543,12 +748,7 @@ def _as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
 
 def _warn_of_unscaled_gradients(model: keras.Model) -> None:
     """Warns of a model that computes in float16 and is about to be trained by an optimizer without our loss scale."""
-    held = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
-    compiled = getattr(model, "optimizer", None)
-    # Beside optimizers of the user's, the one that Keras's `compile` was called without is not meant to train.
-    others = [optimizer for optimizer in held if optimizer is not compiled]
-    optimizers = others or [compiled]
-    bare = [each for each in optimizers if each is not None and not isinstance(each, LossScaleOptimizer)]
+    bare = [each for each in _optimizers_of(model) if not isinstance(each, LossScaleOptimizer)]
     if not bare or not needs_loss_scaling(model):
         return
     wrapped = isinstance(bare[0], keras.optimizers.LossScaleOptimizer)
@@ -566,4 +766,17 @@ def _warn_of_unscaled_gradients(model: keras.Model) -> None:
     )
 
 
+def _begin_training(model: keras.Model) -> None:
+    for each in _optimizers_of(model):
+        if isinstance(each, LossScaleOptimizer):
+            each._begin_training()
+
+
+def _end_epoch(model: keras.Model) -> None:
+    for each in _optimizers_of(model):
+        if isinstance(each, LossScaleOptimizer):
+            each._end_epoch()
+
+
 backend.call_before_training(_warn_of_unscaled_gradients)
+backend.call_around_epochs(_begin_training, _end_epoch)

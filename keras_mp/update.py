@@ -226,7 +226,7 @@ class WeightUpdate:
 
     @property
     def _sums_repeated_ids(self) -> bool:
-        """Whether it was asked for, or Keras adds up rows too, as it does to accumulate and to clip the norm of all."""
+        """Whether it was asked for, or Keras does so itself, to accumulate gradients or limit the norm of all."""
         accumulates = any(each.gradient_accumulation_steps for each in self.optimizers)
         return bool(self.sum_repeated_ids or accumulates or self._optimizer.global_clipnorm)
 

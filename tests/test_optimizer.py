@@ -739,3 +739,285 @@ def test_a_norm_near_the_end_of_float32_is_limited_not_lost(large, limit):
     optimizer.apply([tf.constant([large, 0.0])], [weight])
     np.testing.assert_allclose(weight, [-limit, 0.0], rtol=1e-5)
     assert int(optimizer.skipped_steps) == 0
+
+
+# Gradients unscaled before they are applied
+
+
+def ways_to_limit():
+    """From an optimizer and scaled gradients to what a user applies, and the same of gradients by NumPy."""
+
+    def by_norm(gradients):
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients))
+        return [g / max(norm, 1.0) for g in gradients]
+
+    nested = {}
+
+    def in_function(optimizer, gradients):
+        if optimizer not in nested:
+            nested[optimizer] = tf.function(lambda *g: tf.clip_by_global_norm(optimizer.unscale(list(g)), 1.0)[0])
+        return nested[optimizer](*gradients)
+
+    def in_condition(optimizer, gradients):
+        unscaled = optimizer.unscale(gradients)
+        norm = tf.linalg.global_norm(unscaled)
+        return tf.cond(norm > 1.0, lambda: [g / norm for g in unscaled], lambda: unscaled)
+
+    def finite_only(optimizer, gradients):
+        kept = [
+            tf.where(tf.math.is_finite(g), u, 0.0) for g, u in zip(gradients, optimizer.unscale(gradients), strict=True)
+        ]
+        return tf.clip_by_global_norm(kept, 1.0)[0]
+
+    def logged(optimizer, gradients):
+        tf.linalg.global_norm(optimizer.unscale(gradients))
+        return gradients
+
+    def part(optimizer, gradients):
+        return [*optimizer.unscale(gradients[:1]), gradients[1]]
+
+    def replaced(optimizer, gradients):
+        return [optimizer.unscale(gradients)[0], tf.zeros_like(gradients[1])]
+
+    same = lambda gradients: gradients  # noqa: E731
+    return {
+        "norm of all": (lambda o, g: tf.clip_by_global_norm(o.unscale(g), 1.0)[0], by_norm),
+        "value": (
+            lambda o, g: [tf.clip_by_value(u, -1, 1) for u in o.unscale(g)],
+            lambda g: [np.clip(x, -1, 1) for x in g],
+        ),
+        "as it is": (lambda o, g: o.unscale(g), same),
+        "noise": (lambda o, g: [u + 0.5 for u in o.unscale(tuple(g))], lambda g: [x + 0.5 for x in g]),
+        "by keras": (
+            lambda o, g: [keras.ops.clip(u, -1, 1) for u in o.unscale(iter(g))],
+            lambda g: [np.clip(x, -1, 1) for x in g],
+        ),
+        "in a function": (in_function, by_norm),
+        "in a condition": (in_condition, by_norm),
+        "where finite": (finite_only, by_norm),
+        "log only": (logged, same),
+        "no unscale": (lambda o, g: g, same),
+        "a part": (part, same),
+        "one replaced": (replaced, lambda g: [g[0], np.zeros_like(g[1])]),
+    }
+
+
+def limited_step(limit, how, optimizer=None, scale=2.0**10, times=2):
+    weights = [keras.Variable([3.0, -4.0]), keras.Variable([0.25])]
+    optimizer = optimizer or make_optimizer(keras.optimizers.SGD(1.0), initial_scale=scale)
+    optimizer.build(weights)
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(sum(tf.reduce_sum(w.value**2) / 2 for w in weights))
+        gradients = tape.gradient(loss, [w.value for w in weights])
+        optimizer.apply_gradients(zip(limit(optimizer, gradients), weights, strict=True))
+
+    step = step if how == "eager" else tf.function(step, jit_compile=how == "xla")
+    for _ in range(times):
+        step()
+    return [w.numpy() for w in weights]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", ways_to_limit())
+def test_unscaled_gradients_are_not_unscaled_again(name, how):
+    if how == "eager" and name in ("a part", "in a function"):
+        pytest.skip("eager gradients do not tell what they were made of")
+    limit, by_numpy = ways_to_limit()[name]
+    expected = [np.float32([3.0, -4.0]), np.float32([0.25])]
+    for _ in range(2):
+        expected = [w - g for w, g in zip(expected, by_numpy(expected), strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KerasMPWarning)
+        for one, other in zip(limited_step(limit, how), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_unscale_keeps_structure_and_kind(how):
+    optimizer = make_optimizer(initial_scale=4.0)
+    sparse = tf.IndexedSlices(tf.constant([[4.0, 8.0]], tf.float16), tf.constant([1]), tf.constant([3, 2]))
+
+    def unscale():
+        found = optimizer.unscale([tf.constant([8.0, INF], tf.float16), sparse, tf.constant(2.0, tf.float64)])
+        assert isinstance(found[1], tf.IndexedSlices)
+        return found[0], found[1].values, found[1].indices, found[2]
+
+    assert optimizer.unscale((None, {"a": None})) == (None, {"a": None})
+    dense, values, rows, double = (unscale if how == "eager" else tf.function(unscale, jit_compile=how == "xla"))()
+    np.testing.assert_array_equal(dense, np.float32([2.0, NAN]))
+    np.testing.assert_array_equal(values, np.float32([[1.0, 2.0]]))
+    assert (rows.numpy().tolist(), dense.dtype, double.dtype, float(double)) == ([1], tf.float32, tf.float64, 0.5)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_an_infinity_does_not_hide_behind_a_clipped_value(how):
+    weight = keras.Variable([1.0])
+    optimizer = make_optimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
+    optimizer.build([weight])
+
+    def step(gradient):
+        optimizer.apply([tf.clip_by_value(g, -1.0, 1.0) for g in optimizer.unscale([gradient])], [weight])
+
+    (step if how == "eager" else tf.function(step, jit_compile=how == "xla"))(tf.constant([INF]))
+    assert (float(weight[0]), int(optimizer.skipped_steps)) == (1.0, 1)
+
+
+def test_an_unscale_that_is_only_logged_leaves_the_next_eager_step_alone():
+    weight, optimizer = keras.Variable([1.0]), make_optimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
+    optimizer.build([weight])
+    optimizer.unscale([tf.constant([1.0])])  # of other data, and never applied
+    optimizer.scale_loss(1.0)
+    optimizer.apply([tf.constant([2.0])], [weight])
+    assert float(weight[0]) == 0.5
+
+
+def test_two_optimizers_tell_their_gradients_apart():
+    one, other = (make_optimizer(keras.optimizers.SGD(1.0), initial_scale=s) for s in (4.0, 64.0))
+    weights = [keras.Variable([8.0]), keras.Variable([8.0])]
+    for optimizer, weight in zip((one, other), weights, strict=True):
+        optimizer.build([weight])
+
+    @tf.function
+    def step():
+        with tf.GradientTape(persistent=True) as tape:
+            losses = [o.scale_loss(w.value**2 / 2) for o, w in zip((one, other), weights, strict=True)]
+        gradients = [tape.gradient(loss, w.value) for loss, w in zip(losses, weights, strict=True)]
+        one.apply([tf.clip_by_norm(one.unscale(gradients[:1])[0], 1.0)], weights[:1])
+        other.apply(gradients[1:], weights[1:])
+
+    step()
+    assert [float(w[0]) for w in weights] == [7.0, 0.0]
+
+
+def test_gradients_of_both_kinds_are_refused():
+    def mixed(optimizer, gradients):
+        norm = tf.linalg.global_norm(gradients)
+        return [g / norm for g in optimizer.unscale(gradients)]
+
+    with pytest.raises(ArgumentError, match="made of scaled gradients as well as of such as `unscale` returned"):
+        limited_step(mixed, "graph")
+
+
+def test_gradients_unscaled_in_another_function_are_told_of():
+    weight, optimizer = keras.Variable([1.0]), make_optimizer(keras.optimizers.SGD(1.0))
+    optimizer.build([weight])
+    unscaled = optimizer.unscale([tf.constant([2.0])])
+    with pytest.warns(KerasMPWarning, match="call both in the same tf.function"):
+        tf.function(lambda gradient: optimizer.apply([gradient], [weight]))(unscaled[0])
+    inside = tf.function(lambda gradient: optimizer.unscale([gradient])[0])(tf.constant([2.0]))
+    with pytest.warns(KerasMPWarning, match="call both in the same tf.function"):
+        optimizer.apply([inside], [weight])
+
+
+CLIPPED = {
+    "clip_by_global_norm": lambda o, g: tf.clip_by_global_norm(g, 1.0)[0],
+    "clip_by_norm": lambda o, g: [tf.clip_by_norm(each, 1.0) for each in g],
+    "clip_by_value": lambda o, g: [keras.ops.clip(each, -1.0, 1.0) * 2.0 for each in g],
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_gradients_clipped_while_they_are_scaled_are_warned_of(name):
+    with pytest.warns(KerasMPWarning, match=rf"limited by tf.{name} while they were still multiplied") as told:
+        limited_step(CLIPPED[name], "graph")
+    assert len(told) == 1
+    assert "gradients = optimizer.unscale(tape.gradient(loss, variables))" in str(told[0].message)
+
+
+SCALED_LIMITS = {
+    "norm of all": lambda o, g: tf.clip_by_global_norm(g, 1.0 * o.loss_scale)[0],
+    "norm": lambda o, g: [tf.clip_by_norm(each, o.loss_scale) for each in g],
+    "value": lambda o, g: [tf.clip_by_value(each, -o.loss_scale, o.loss_scale) for each in g],
+}
+
+
+@pytest.mark.parametrize("name", SCALED_LIMITS)
+def test_a_limit_that_is_scaled_itself_is_not_warned_of(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KerasMPWarning)
+        limited_step(SCALED_LIMITS[name], "graph")
+
+
+def test_a_model_that_clips_inside_is_not_warned_of():
+    weight, optimizer = keras.Variable([3.0]), make_optimizer(keras.optimizers.SGD(1.0))
+    optimizer.build([weight])
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(tf.reduce_sum(tf.clip_by_norm(tf.clip_by_value(weight.value, -5, 5), 1.0)))
+        optimizer.apply(tape.gradient(loss, [weight.value]), [weight])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KerasMPWarning)
+        step()
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_any_of_several_losses_is_blamed(place, how):
+    weight = keras.Variable(1.0)
+    optimizer = make_optimizer(keras.optimizers.SGD(0.1), max_consecutive_skips=3)
+    optimizer.build([weight])
+
+    def step():
+        with tf.GradientTape() as tape:
+            losses = [weight.value**2 * (NAN if each == place else 1.0) for each in range(3)]
+            loss = sum(optimizer.scale_loss(each) for each in losses)
+        gradient = tape.gradient(loss, weight.value)
+        tf.cond(tf.constant(True), lambda: optimizer.apply([gradient], [weight]), lambda: None)
+
+    step = step if how == "eager" else tf.function(step)
+    for _ in range(2):
+        step()
+    with pytest.raises(LossScaleStuckError, match="The loss itself was not finite in 3 of them"):
+        step()
+
+
+# Trainings of which most steps are skipped
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("make", [keras.Model, keras_mp.Model])
+def test_fit_tells_after_its_first_epoch_that_most_steps_were_skipped(make, jit_compile):
+    inputs = keras.Input((3,))
+    model = make(inputs, keras.layers.Dense(1)(inputs))
+    optimizer = make_optimizer(keras.optimizers.SGD(0.0), initial_scale=2.0**20)
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    x = np.ones((40, 3), "float32")
+    x[8:] = NAN
+    with pytest.warns(KerasMPWarning) as told:
+        model.fit(x, np.ones((40, 1)), batch_size=4, epochs=3, shuffle=False, verbose=0)
+    (found,) = [each for each in told if each.category is KerasMPWarning]
+    message = str(found.message)
+    assert "8 of 10 training steps of the first epoch were skipped" in message
+    assert "the model has learnt from 2 only. The loss scale is 4096 now" in message
+    assert "np.isfinite(x).all()" in message
+    assert found.filename == __file__
+
+
+def test_fit_says_where_to_begin_when_the_scale_has_settled():
+    model = make_model(initial_scale=2.0**10)
+    x = np.ones((40, 3), "float32")
+    x[:24] = NAN
+    with pytest.warns(
+        KerasMPWarning, match=r"6 of 10 .*Type LossScaleOptimizer\(..., initial_scale=16\) to begin there"
+    ):
+        model.fit(x, np.ones((40, 1)), batch_size=4, shuffle=False, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KerasMPWarning)
+        model.fit(x[20:], np.ones((20, 1)), batch_size=4, shuffle=False, verbose=0)
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_a_loop_of_ones_own_is_told_after_a_hundred_steps(how):
+    weight, optimizer = keras.Variable([1.0]), make_optimizer()
+    optimizer.build([weight])
+    optimizer.scale_loss(1.0)
+    step = lambda gradient: optimizer.apply([gradient], [weight])  # noqa: E731
+    step = step if how == "eager" else tf.function(step)
+    with pytest.warns(KerasMPWarning, match="66 of 100 training steps so far were skipped"):
+        for number in range(120):
+            step(tf.constant([NAN if number % 3 else 1.0]))

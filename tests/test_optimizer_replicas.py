@@ -645,7 +645,7 @@ def test_sparse_gradients_are_added_up_in_any_dtype(dtype, how, mirrored):
     )
     scale = float(applied.optimizer.loss_scale)
     values = np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32") * [[[1.0], [300.0], [1e-4]]]
-    rows, expected = np.array([[1, 3, 1], [3, 4, 4]]), np.zeros((5, 3))
+    rows, expected = np.int32([[1, 3, 1], [3, 4, 4]]), np.zeros((5, 3))
     for one, other in zip(rows, values, strict=True):
         np.add.at(expected, one, other)
     gradients = [

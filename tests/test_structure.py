@@ -34,6 +34,7 @@ ORDER = [
     "losses",
     "loss_scale",
     "narrow",
+    "provenance",
     "kernels",
     "update",
     "optimizer",
