@@ -53,15 +53,24 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
     """A copy of a model that computes the same function under another dtype policy.
 
     The layers of the copy have the weights of the model's, bit for bit, and its names. Under a policy that computes in
-    16 bits, layers that 16 bits do not suit become the layers of that name here: normalization, attention, pooling,
-    resizing and recurrent layers, and activations such as gelu and softmax. Layers that prepare data stay in float32,
-    and the outputs of the model are float32: a `Dense` there becomes a `keras_mp.layers.Head`, another single layer is
-    left in float32, and what several layers make is cast. Under a policy that computes in float32 all of that is
-    undone, so that `convert(convert(model, "mixed_bfloat16"), "float32")` is the model again.
+    16 bits, layers that 16 bits do not suit become the layers of that name here, and activations such as gelu likewise.
+    In float32 stay:
+
+    - layers that prepare data, and what only moves, compares or adds up inputs before the first layer with weights, so
+      that no id, time or position is rounded on its way to where it is used as one;
+    - layers that make positions, and operations of a Functional model's graph that sum, divide, exponentiate or
+      compare; their outputs are cast where they meet 16-bit ones;
+    - the last computing layer and what stands behind it. A `Dense` there becomes a `keras_mp.layers.Head`, which
+      multiplies in 16 bits; what several layers make is cast;
+    - losses that layers add, and penalties of their outputs;
+    - layers that fail in 16 bits, in inference or in training. The model and the copy are traced to see that.
+
+    A policy that a pattern of a `PolicyMap` names for such a layer holds. Under a policy that computes in float32 all of
+    that is undone, so that `convert(convert(model, "mixed_bfloat16"), "float32")` is the model again.
 
     It takes Functional, Sequential and subclassed models, nested in each other, with shared layers, wrappers and layers
-    of the user's. What holds layers is copied attribute by attribute, without its constructor and configuration. A
-    layer that fails in 16 bits is left in float32.
+    of the user's, and copies all that they hold, attribute by attribute: adapted tables, vocabularies, LoRA,
+    quantization, optimizers, and objects that Keras does not track, which stay untracked.
 
     A compiled model is compiled again, with a copy of its optimizer that goes on from the same state: wrapped in a
     `keras_mp.LossScaleOptimizer` where a layer computes in float16, and taken out of its wrapper where none does.
@@ -80,8 +89,8 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
         ConversionError: for what is not a Keras model, or a layer that cannot be copied.
 
     Warns:
-        KerasMPWarning: naming layers that were left in float32 with the reason, outputs that stayed in 16 bits, and
-            patterns of a `PolicyMap` that match no layer.
+        KerasMPWarning: naming layers that were left in float32 with the reason, code that sees its inputs rounded,
+            outputs that stayed in 16 bits, and patterns of a `PolicyMap` that match no layer.
 
     Example:
 
