@@ -65,8 +65,8 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
     - losses that layers add, and penalties of their outputs;
     - layers that fail in 16 bits, in inference or in training. The model and the copy are traced to see that.
 
-    A policy that a pattern of a `PolicyMap` names for such a layer holds. Under a policy that computes in float32 all of
-    that is undone, so that `convert(convert(model, "mixed_bfloat16"), "float32")` is the model again.
+    A policy that a pattern of a `PolicyMap` names for such a layer holds. Under a policy that computes in float32 all
+    of that is undone, so that `convert(convert(model, "mixed_bfloat16"), "float32")` is the model again.
 
     It takes Functional, Sequential and subclassed models, nested in each other, with shared layers, wrappers and layers
     of the user's, and copies all that they hold, attribute by attribute: adapted tables, vocabularies, LoRA,
