@@ -277,11 +277,12 @@ class _Attempt:
             outputs = None
             for training in (False, True):
                 try:
-                    trace(self.model, specs, training)
-                except Exception:  # these are not the inputs that it takes
-                    continue
-                with np.errstate(over="raise"):
-                    outputs = trace(converted, specs, training, self.running).outputs
+                    with np.errstate(over="raise"):
+                        outputs = trace(converted, specs, training, self.running).outputs
+                except Exception:
+                    if _runs(self.model, specs, training):
+                        raise
+                    self.running.clear()  # these are not the inputs that it takes
             if outputs is not None:
                 return outputs
         return []
@@ -411,6 +412,14 @@ class _Attempt:
         # What a layer of the user's hands to one of Keras's is the user's doing.
         foreign = [layer for layer in dict.fromkeys(found) if is_foreign(layer)]
         return foreign or list(dict.fromkeys(found))
+
+
+def _runs(model: keras.Model, specs: Any, training: bool) -> bool:
+    try:
+        trace(model, specs, training)
+    except Exception:  # whatever the user's code raises
+        return False
+    return True
 
 
 def _output_layers(model: keras.Layer) -> set[int]:

@@ -105,7 +105,8 @@ def input_specs(model: keras.Model) -> list[Specs]:
         if not model.built or not getattr(model, "inputs", None):
             return []
         inputs = model.input if isinstance(model, backend.Functional) else model.inputs[0]
-        return [((inputs,), {})]
+        # Layers write longer programs for lengths that they do not know, and a short one serves as well.
+        return [((keras.tree.map_structure(_short, inputs),), {}), ((inputs,), {})]
     shapes = model.get_build_config() if model.built else None
     if not shapes:
         return []
@@ -127,6 +128,12 @@ def input_specs(model: keras.Model) -> list[Specs]:
                 named = {key.removesuffix("_shape"): shape for key, shape in shapes["shapes_dict"].items()}
                 found.append(((), {k: keras.tree.map_shape_structure(symbol, v) for k, v in named.items()}))
     return found
+
+
+def _short(symbol: keras.KerasTensor) -> keras.KerasTensor:
+    """A symbolic tensor whose unknown lengths, but for the batch's, are 32."""
+    shape = tuple(32 if size is None and axis > 0 else size for axis, size in enumerate(symbol.shape))
+    return keras.KerasTensor(shape, symbol.dtype, sparse=symbol.sparse)
 
 
 def trace(model: keras.Model, specs: Specs, training: bool, running: list[Any] | None = None) -> Traced:

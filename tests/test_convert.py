@@ -466,7 +466,7 @@ def test_penalties_of_outputs_are_float32_sums(layer, policy):
         each(x)
     assert mixed.losses[0].dtype == "float32"
     assert float(mixed.losses[0]) == pytest.approx(float(model.losses[0]), rel=1e-2)
-    mixed.compile(keras_mp.LossScaleOptimizer("sgd"), "mse")
+    mixed.compile(keras_mp.LossScaleOptimizer("sgd", initial_scale=256.0), "mse")
     assert np.isfinite(mixed.fit(x, normal(3, 1), verbose=0).history["loss"][0])
     back = keras_mp.convert(mixed, "float32")
     assert type(back.layers[0].activity_regularizer) is type(model.layers[0].activity_regularizer)
