@@ -413,6 +413,7 @@ def test_no_gradient_at_all_is_keras_error():
         apply(make_optimizer(), [keras.Variable([1.0])], [None])
 
 
+@pytest.mark.filterwarnings("ignore:.* were skipped because:keras_mp.errors.KerasMPWarning")  # has tests of its own
 def test_the_scale_neither_runs_away_nor_decays_to_zero():
     variable = keras.Variable([1.0])
     optimizer = make_optimizer(initial_scale=2.0**23, dynamic_growth_steps=1, max_consecutive_skips=1000)
@@ -506,6 +507,7 @@ def test_keras_does_not_wrap_it_again():
     assert model.optimizer is optimizer
 
 
+@pytest.mark.filterwarnings("ignore:.* were skipped because:keras_mp.errors.KerasMPWarning")  # has tests of its own
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit_raises_when_stuck_and_says_that_the_loss_is_at_fault(jit_compile):
     model = make_model(max_consecutive_skips=3)
