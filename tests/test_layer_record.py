@@ -344,3 +344,39 @@ def test_models_of_keras_hub_come_back_with_their_optimizers(tmp_path, name, pol
             assert type(loaded.optimizer.inner_optimizer) is keras.optimizers.AdamW
             for ours, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
+
+
+@keras.saving.register_keras_serializable("test_layer_record")
+class Positions(keras.layers.Layer):
+    def call(self, x):
+        position = keras.ops.cast(keras.ops.arange(keras.ops.shape(x)[1]), self.compute_dtype)
+        return keras.ops.sin(keras.ops.outer(position, keras.ops.exp(-keras.ops.arange(8, dtype=self.compute_dtype))))
+
+
+@keras.saving.register_keras_serializable("test_layer_record")
+class Encoder(keras.Model):
+    """Counts, and adds a loss, in code of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding, self.positions = keras.layers.Embedding(50, 8), Positions()
+        self.out = keras.layers.Dense(2)
+
+    def call(self, ids):
+        x = self.embedding(ids)
+        self.add_loss(keras.ops.mean(x**2))
+        return self.out(x + self.positions(x))
+
+
+@pytest.mark.parametrize("load", [keras_mp.load_model, keras.saving.load_model])
+def test_casts_around_layers_come_back(load, tmp_path):
+    ids = np.arange(700).reshape(1, -1) % 50
+    model = Encoder()
+    model(ids)
+    mixed = keras_mp.convert(model, "mixed_bfloat16")
+    mixed.save(tmp_path / "model.keras")
+    loaded = load(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(ids), mixed(ids))
+    assert loaded.positions.compute_dtype == "float32"
+    assert loaded.positions(loaded.embedding(ids)).dtype == "bfloat16"
+    assert [loss.dtype for loss in loaded.losses] == ["float32"]
