@@ -790,8 +790,9 @@ def own_settings(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
         names: attributes that a constructor of Keras has set.
     """
     kinds = (bool, str, int, keras.layers.InputSpec, type(None))
-    there = vars(layer)
-    return {name: there[name] for name in names if name in there and (name in _KEPT or isinstance(there[name], kinds))}
+    # The strategy is that of the scope in which the copy is made.
+    there = {name: vars(layer)[name] for name in names if name in vars(layer) and name != "_distribute_strategy"}
+    return {name: value for name, value in there.items() if name in _KEPT or isinstance(value, kinds)}
 
 
 # What a layer, a metric or an optimizer tracks has no public name that tells one store from another and lists the items
@@ -1249,15 +1250,44 @@ def store_like(cls: type[keras.Layer], stock: type[keras.Layer]) -> None:
     _stored_like[cls] = stock
 
 
-def _names_in_file(saveables: "Iterable[_KerasSaveable]", by: Callable[[type], type]) -> list[str]:
+def _names_in_file(kinds: Iterable[type]) -> list[str]:
     """The names that Keras gives to what is in one list, which have a number from the second of a class on."""
     counts: dict[str, int] = {}
     names = []
-    for each in saveables:
-        name = _to_snake_case(by(type(each)).__name__)
+    for kind in kinds:
+        name = _to_snake_case(kind.__name__)
         counts[name] = counts.get(name, -1) + 1
         names.append(f"{name}_{counts[name]}" if counts[name] else name)
     return names
+
+
+def _as_written(
+    store: Any, path: str, saveables: "list[_KerasSaveable]", known: Any, by_keras: list[str], here: list[str]
+) -> list[str]:
+    """The addresses at which a file has what is in one list.
+
+    Before version 0.2 each was filed by its own class, which gives more names of that class than a file has now. And
+    `convert` put in fewer layers of such classes, always the last ones.
+    """
+
+    def are_there(addresses: list[str]) -> bool:
+        unread = [each for saveable, each in zip(saveables, addresses, strict=True) if id(saveable) not in known]
+        return all(_is_in_file(store, each) for each in unread)
+
+    if are_there(by_keras):
+        return by_keras
+    if not are_there(here):
+        for cls, stock in _stored_like.items():
+            names = _names_in_file([cls] * len(saveables))
+            count = sum(_is_in_file(store, f"{path}/{name}") for name in names)
+            kinds = [_name_of(type(each)) for each in saveables]
+            alike = [place for place, kind in enumerate(kinds) if kind.__name__ == stock.__name__]
+            for place in alike[len(alike) - count :]:
+                kinds[place] = cls
+            before = [f"{path}/{name}" for name in _names_in_file(kinds)]
+            if count and are_there(before):
+                return before
+    return here
 
 
 def _saveables(container: Any) -> "list[_KerasSaveable]":
@@ -1270,10 +1300,6 @@ def _elements(container: Any) -> list[Any]:
 
 def _name_of(cls: type) -> type:
     return _stored_like.get(cls, cls)
-
-
-def _itself(cls: type) -> type:
-    return cls
 
 
 def _is_in_file(store: Any, path: str) -> bool:
@@ -1307,15 +1333,18 @@ def _filed_together(keras_function: Callable[..., None]) -> Callable[..., None]:
         addresses = _addresses.get() or {}
         saveables = _saveables(container)
         if any(type(each) in _stored_like for each in saveables):
-            by_keras = [f"{inner_path}/{name}" for name in _names_in_file(saveables, _itself)]
+            kinds = [type(each) for each in saveables]
+            by_keras = [f"{inner_path}/{name}" for name in _names_in_file(kinds)]
+            here = [f"{inner_path}/{name}" for name in _names_in_file(map(_name_of, kinds))]
             known = kw.get("visited_saveables") or ()
-            unread = [path for each, path in zip(saveables, by_keras, strict=True) if id(each) not in known]
-            # Before version 0.2 each was filed by its own class, which gives more names of that class than a file has.
-            reads = "failed_saveables" in kw and weights_store is not None
-            if not (reads and unread and all(_is_in_file(weights_store, path) for path in unread)):
-                here = [f"{inner_path}/{name}" for name in _names_in_file(saveables, _name_of)]
-                moved = zip(saveables, by_keras, here, strict=True)
-                addresses = addresses | {(id(each), before): now for each, before, now in moved if now != before}
+            if (
+                "failed_saveables" in kw
+                and weights_store is not None
+                and any(id(each) not in known for each in saveables)
+            ):
+                here = _as_written(weights_store, inner_path, saveables, known, by_keras, here)
+            moved = zip(saveables, by_keras, here, strict=True)
+            addresses = addresses | {(id(each), before): now for each, before, now in moved if now != before}
         token = _addresses.set(addresses)
         try:
             return keras_function(container, weights_store, assets_store, inner_path, *args, **kw)
@@ -1355,7 +1384,7 @@ def layers_by_address(model: keras.Layer) -> dict[str, keras.Layer]:
             return
         inside.append(id(value))
         saveables = _saveables(value)
-        for child, name in zip(saveables, _names_in_file(saveables, _name_of), strict=True):
+        for child, name in zip(saveables, _names_in_file(_name_of(type(each)) for each in saveables), strict=True):
             visit(child, f"{address}/{name}")
         for number, child in enumerate(each for each in _elements(value) if isinstance(each, (list, dict, tuple))):
             if id(child) not in inside:

@@ -89,8 +89,8 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
         ConversionError: for what is not a Keras model, or a layer that cannot be copied.
 
     Warns:
-        KerasMPWarning: naming layers that were left in float32 with the reason, code that sees its inputs rounded,
-            outputs that stayed in 16 bits, and patterns of a `PolicyMap` that match no layer.
+        KerasMPWarning: naming layers that were left in float32 with the reason, outputs that stayed in 16 bits, and
+            patterns of a `PolicyMap` that match no layer.
 
     Example:
 
@@ -153,13 +153,13 @@ class _Conversion:
 
     Attributes:
         left: by class, or by path for layers of code that no class has, why layers are left in float32.
-        plain: classes whose own code must see no float32 number among its 16-bit ones.
+        wide: classes of layers that hold others, whose own code must see float32 numbers alone.
     """
 
     def __init__(self, model: keras.Model, wanted: keras.DTypePolicy) -> None:
         self.model, self.wanted = model, wanted
         self.left: dict[type | str, str] = {}
-        self.plain: dict[type, str] = {}
+        self.wide: set[type] = set()
         self.narrow = any(policy.compute_dtype in _NARROW for policy in policies_in(wanted))
         self.foreign = any(map(is_foreign, backend.layers_by_path(model).values()))
         specs = input_specs(model)
@@ -195,8 +195,8 @@ class _Conversion:
         for layer in attempt.culprits(error):
             by_path = isinstance(layer, keras.layers.Lambda)
             key: type | str = attempt.rebuild.paths[id(layer)] if by_path else type(layer)
-            if isinstance(key, type) and backend.inner_layers(layer) and key not in self.plain:
-                self.plain[key] = reason
+            if isinstance(key, type) and backend.inner_layers(layer) and key not in self.wide:
+                self.wide.add(key)
                 return
             if key not in self.left and type(layer) is not type(self.model):
                 self.left[key] = reason
@@ -204,7 +204,7 @@ class _Conversion:
         raise ConversionError(f"{self.model.name!r} cannot be converted to {self.wanted.name!r}: {reason}") from error
 
     def is_left(self, layer: keras.Layer, path: str) -> bool:
-        return isinstance(layer, self.stay) or type(layer) in self.left or path in self.left
+        return type(layer) in self.left or path in self.left
 
     def warn(self, converted: keras.Model, outputs: list[Any], attempt: "_Attempt") -> None:
         messages = []
@@ -217,14 +217,6 @@ class _Conversion:
                 f"{kind.__name__} fails in {self.wanted.compute_dtype}, so {paths[0]!r}{others} is left in float32. "
                 f"{reason} What a layer makes itself should be of its compute dtype, as keras.ops.ones(shape, "
                 "dtype=self.compute_dtype), and within its range."
-            )
-        rounded = [path for path in attempt.rounded if path in by_path]
-        if rounded:
-            messages.append(
-                f"The code of {type(by_path[rounded[0]]).__name__} ({rounded[0]!r}) computes with inputs of the model "
-                "and with 16-bit activations, so its float inputs are rounded before it sees them. Ids, times and "
-                "positions among them should be integers, or be cast where they meet activations: keras.ops.cast(x, "
-                "self.compute_dtype)."
             )
         if any(map(is_narrow, outputs)):
             messages.append(
@@ -240,16 +232,11 @@ class _Conversion:
 
 
 class _Attempt:
-    """One attempt of a conversion.
-
-    Attributes:
-        rounded: paths of layers that should hand inputs on as they are, and whose code does not bear it.
-    """
+    """One attempt of a conversion."""
 
     def __init__(self, conversion: _Conversion) -> None:
         self.conversion, self.model, self.wanted = conversion, conversion.model, conversion.wanted
         self.in_float32: set[str] = set()  # paths, which stand for what is inside as well
-        self.rounded: list[str] = []
         self.running: list[keras.Operation] = []  # the layers that were being called when an error came
         self.rebuild = Rebuild(self.choose, self.finish_outputs, self.choose_operation)
 
@@ -294,7 +281,7 @@ class _Attempt:
             return None
         twins = self.conversion.safe if narrow else self.conversion.stock
         cls = twins.get(type(layer), type(layer))
-        if narrow and type(layer) in _DENSE and self.is_last(layer, path):
+        if narrow and type(layer) in _DENSE and self.is_last(layer):
             cls = layers.Head
         arguments = {}
         activation = getattr(layer, "activation", None)
@@ -311,22 +298,15 @@ class _Attempt:
         flow = self.conversion.flow
         if layer.quantization_mode is not None:
             return Choice(cls, policy, arguments)
-        output_dtype = None
-        if policy.compute_dtype == "float32" and self.meets_16_bits(layer, path):
-            output_dtype = self.dtype_around(path)
         if narrow and id(layer) in flow.raw_inputs and cls is type(layer):
-            if type(layer) in self.conversion.plain:
-                self.rounded.append(path)
-            else:
-                policy = UncastInputs(policy.name)
-        elif narrow and id(layer) in flow.rounded:
-            self.rounded.append(path)
-        return Choice(cls, policy, arguments, output_dtype, narrow and id(layer) in flow.losses)
+            policy = UncastInputs(policy.name)
+        losses = narrow and id(layer) in flow.losses
+        return Choice(cls, policy, arguments, self.output_dtype(layer, path, policy.compute_dtype), losses)
 
     def policy_for(self, layer: keras.Layer, path: str) -> keras.DTypePolicy:
         if layer.compute_dtype not in (*_NARROW, "float32", self.model.compute_dtype):
             return layer.dtype_policy
-        if self.conversion.is_left(layer, path):
+        if isinstance(layer, self.conversion.stay) or self.conversion.is_left(layer, path):
             self.in_float32.add(path)
         if self.is_in_float32(path):
             return keras.DTypePolicy("float32")
@@ -337,24 +317,27 @@ class _Attempt:
         # computes need not be in float32.
         tied = isinstance(layer, keras.layers.ReversibleEmbedding) and type(layer) in self.conversion.twinned
         is_wide = tied or type(layer) in _DENSE
-        answers = self.is_last(layer, path) and not is_wide and not backend.inner_layers(layer)
+        answers = self.is_last(layer) and not is_wide and not backend.inner_layers(layer)
         flow = self.conversion.flow
-        if answers or (id(layer) in flow.exact and not self.is_plain(path)):
+        if answers or id(layer) in flow.exact:
             self.in_float32.add(path)
             return keras.DTypePolicy("float32")
         if id(layer) in flow.losses and not backend.inner_layers(layer):
             return keras.DTypePolicy("float32")
-        if id(layer) in flow.own_code and type(layer) not in self.conversion.plain:
+        if id(layer) in flow.own_code or self.is_wide(layer):
             return keras.DTypePolicy("float32")  # for its own code alone
         return wanted
 
-    def is_last(self, layer: keras.Layer, path: str) -> bool:
-        return id(layer) in self.conversion.flow.last and not self.is_plain(path)
+    def is_last(self, layer: keras.Layer) -> bool:
+        return id(layer) in self.conversion.flow.last
 
-    def is_plain(self, path: str) -> bool:
-        """Whether a layer stands in the code of one that bears no float32 number among 16-bit ones."""
-        plain = self.conversion.plain
-        return any(type(layer) in plain for layer in self.holders(path))
+    def is_wide(self, layer: keras.Layer) -> bool:
+        """Whether the code of a layer that holds others is left in float32, and they return that to it.
+
+        TensorFlow adds no float32 number to a 16-bit one. Code that does, as it takes inputs of the model exactly and
+        activations, or is written for one dtype, gets one: then it is as it was, and what it calls computes in 16 bits.
+        """
+        return type(layer) in self.conversion.wide or id(layer) in self.conversion.flow.mixed_doors
 
     def is_in_float32(self, path: str) -> bool:
         parts = path.split("/")
@@ -370,14 +353,19 @@ class _Attempt:
         found = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
         return [self.layers_by_path[each] for each in found if each in self.layers_by_path]
 
-    def meets_16_bits(self, layer: keras.Layer, path: str) -> bool:
-        """Whether the code that calls a layer, which is in float32, expects its output to be of 16 bits."""
+    def output_dtype(self, layer: keras.Layer, path: str, compute_dtype: str) -> str | None:
+        """What the outputs of a layer are cast to, for the code that calls it; None for nothing."""
         flow, holders = self.conversion.flow, self.holders(path)
-        if not holders or self.dtype_around(path) not in _NARROW:
-            return False
-        if id(layer) in flow.mixing or id(layer) in flow.own_code:
-            return True
-        return is_foreign(holders[0]) and self.conversion.is_left(layer, path)
+        if not holders:
+            return None
+        if self.is_wide(holders[0]) and not self.is_in_float32(path):
+            return "float32" if compute_dtype in _NARROW else None
+        around = self.dtype_around(path)
+        if compute_dtype != "float32" or around not in _NARROW:
+            return None
+        left = is_foreign(holders[0]) and self.conversion.is_left(layer, path)
+        meets = left or id(layer) in flow.mixing or id(layer) in flow.own_code or self.is_wide(layer)
+        return around if meets else None
 
     def dtype_around(self, path: str) -> str:
         """The compute dtype of the code that a layer is called in."""

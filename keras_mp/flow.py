@@ -69,10 +69,9 @@ class Flow:
 
     Attributes:
         exact: layers whose numbers have to stay in float32, with all that is inside them.
-        counting: those of them that count by themselves and whose output goes on among activations.
         last: layers that compute and behind which nothing else does, before the model's outputs.
         raw_inputs: layers that hand inputs of the model on to others as they are, and must not round them at the door.
-        rounded: layers that should do so, and have activations among their inputs as well.
+        mixed_doors: layers that should do so, and have activations among their inputs as well.
         own_code: layers that hold layers, and whose own code counts.
         mixing: layers whose output meets that of others in the code of a layer that holds both.
         tail: operations of a Functional model behind the last computing layer.
@@ -80,10 +79,9 @@ class Flow:
     """
 
     exact: set[int] = field(default_factory=set)
-    counting: set[int] = field(default_factory=set)
     last: set[int] = field(default_factory=set)
     raw_inputs: set[int] = field(default_factory=set)
-    rounded: set[int] = field(default_factory=set)
+    mixed_doors: set[int] = field(default_factory=set)
     own_code: set[int] = field(default_factory=set)
     mixing: set[int] = field(default_factory=set)
     tail: set[int] = field(default_factory=set)
@@ -217,7 +215,7 @@ def _weights(layer: keras.Layer) -> list[keras.Variable]:
 
 @functools.cache
 def _data_layers() -> tuple[type, ...]:
-    return (*backend.preprocessing_classes(), keras.layers.Normalization)
+    return backend.preprocessing_classes()
 
 
 class _Node:
@@ -291,7 +289,7 @@ class _Reading:
     def carries(self, unit: Call) -> bool:
         """Whether a unit hands numbers on, or makes none of its own that would be activations."""
         layer = unit.operation
-        return isinstance(layer, _data_layers()) or not _weights(layer)
+        return isinstance(layer, (keras.layers.Normalization, *_data_layers())) or not _weights(layer)
 
     def connect(self) -> None:
         """Lets what reaches each node flow forwards, and what becomes of its output backwards."""
@@ -360,8 +358,6 @@ class _Reading:
                 self.read_computing(node, flow, counts)
             elif node.tail or (node.raw and not node.computed) or node.leads_to_ids or counts or self.takes_ids(node):
                 flow.exact.add(id(layer))
-                if counts and node.computed and not node.tail:
-                    flow.counting.add(id(layer))
             if node in self.answers[1] or (not node.tail and self.meets_others(node)):
                 flow.mixing.add(id(layer))
         self.read_identities(flow)
@@ -478,8 +474,8 @@ class _Reading:
         inner = [each for each in self.traced.calls if each.parent is call]
         own = [node for node in inside if not any(each.first <= node.place < each.last for each in inner)]
         if any(door.raw and not door.computed for door in doors) and any(self.wants_raw(each, flow) for each in inside):
-            # Activations that come in as well must be cast at the door: nobody could tell which are which.
-            (flow.rounded if any(door.computed for door in doors) else flow.raw_inputs).add(id(layer))
+            # Nobody could tell activations that come in as well from them, at the door.
+            (flow.mixed_doors if any(door.computed for door in doors) else flow.raw_inputs).add(id(layer))
         operations = [operation for node in own if node.unit is None for operation in node.operations]
         if is_foreign(layer) and _counts(operations):
             flow.own_code.add(id(layer))

@@ -311,20 +311,20 @@ def _add_loss(method: Any, layer: keras.Layer, dtype: str, loss: Any) -> None:
 
 
 def cast_outputs(layer: keras.Layer, dtype: str) -> None:
-    """Has one layer, which computes in float32, return another dtype, as the code expects that calls it.
+    """Has one layer return another dtype than it computes in, as the code expects that calls it.
 
     TensorFlow adds no float32 number to a 16-bit one, so in the code of a layer or model that holds this one its output
     must be of the dtype of the others'. A class of its own, or a wrapper, would change the layer's name in files.
 
     Args:
         layer: a layer.
-        dtype: "float16" or "bfloat16".
+        dtype: "float16", "bfloat16" or "float32".
 
     Raises:
         ConversionError: for another dtype.
     """
-    if dtype not in _NARROW:
-        raise ConversionError(f'Outputs are cast to "float16" or "bfloat16". Received: dtype={dtype!r}.')
+    if dtype not in (*_NARROW, "float32"):
+        raise ConversionError(f'Outputs are cast to "float16", "bfloat16" or "float32". Received: dtype={dtype!r}.')
     vars(layer)["call"] = _OfOneLayer(layer, "call", dtype, _call)
     vars(layer)["compute_output_spec"] = _OfOneLayer(layer, "compute_output_spec", dtype, _output_spec)
 

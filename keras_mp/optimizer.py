@@ -46,6 +46,8 @@ _OWN_ARGUMENTS: dict[str, Any] = {
 }
 _OWN_STATE = ("hysteresis_left", "skipped_steps", "consecutive_skips", "nonfinite_losses")
 
+# So many skipped steps at the start of a training are how a scale is found that fits, and no sign of trouble.
+_SKIPS_OF_A_SEARCH = 3
 # A loop of one's own has no epochs, after the first of which to say that most steps were skipped.
 _STEPS_TO_JUDGE_BY = 100
 
@@ -538,11 +540,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self._steps_at_begin is None:
             return
         (skipped, steps), (before, steps_before) = self._counts(), self._steps_at_begin
-        self._steps_at_begin = None
+        if steps - steps_before >= _SKIPS_OF_A_SEARCH:
+            self._steps_at_begin = None
         self._warn_of_skips(skipped - before, steps - steps_before, "of the first epoch")
 
     def _warn_of_skips(self, skipped: int, steps: int, which: str) -> None:
-        if 2 * skipped <= steps or self._told_of_skips:
+        if 2 * skipped <= steps or skipped < _SKIPS_OF_A_SEARCH or self._told_of_skips:
             return
         self._told_of_skips = True
         state = self._state()

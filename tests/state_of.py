@@ -20,6 +20,7 @@ _OF_ONE_OBJECT = {
     *("call_signature_parameters", "_tracker", "_self_setattr_tracking", "_self_saveable_object_factories"),
     *("_self_unconditional_checkpoint_dependencies", "_self_unconditional_dependency_names"),
     *("_self_unconditional_deferred_dependencies", "_self_update_uid", "_self_name_based_restores"),
+    *("_converted_to", "_marks"),  # what files say; the number that one wrapper tells its gradients by
 }
 # What another class in its place or another policy may change.
 _OF_THE_POLICY = {

@@ -186,10 +186,51 @@ class Product2(keras.Model):
         return self.out(self.second(self.first(difference) * difference))
 
 
-def test_inputs_that_cannot_be_kept_are_named():
-    copy, said = converted(called(Product2(), LEVEL), "mixed_bfloat16")
-    assert "its float inputs are rounded before it sees them" in said
-    assert np.all(np.isfinite(copy(LEVEL)))
+class Recommender(keras.Model):
+    """Joins what it has looked up and numbers as they are, in code of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.hidden, self.out = layers.Embedding(9000, 4), layers.Dense(4, "relu"), layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.hidden(tf.concat([self.users(x[:, 0]), tf.math.log1p(x[:, 1:])], -1)))
+
+
+class Joined(layers.Layer):
+    """Is given activations and times, and compares the times."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4)
+
+    def call(self, x, times):
+        return self.dense(x) * tf.cast(times > 4097.5, x.dtype) + tf.sin(times)
+
+
+def joined():
+    inputs, times = keras.Input((4,)), keras.Input((1,))
+    return keras.Model([inputs, times], layers.Dense(2)(Joined()(layers.Dense(4)(inputs), times)))
+
+
+RATINGS = np.array([[4099, 1e5], [2049, 7e4], [8191, 3]], "float32")
+
+
+@pytest.mark.parametrize("policy", MIXED)
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: called(Product2(), LEVEL), LEVEL),
+        (lambda: called(Recommender(), RATINGS), RATINGS),
+        (joined, [normal(3, 4), np.array([[4097], [4098], [5001]], "float32")]),
+    ],
+)
+def test_code_that_mixes_inputs_and_activations_runs_in_float32_and_its_layers_in_16_bits(make, x, policy):
+    copy = same_function(make(), x, policy)
+    dtypes = {layer.compute_dtype for layer in copy._flatten_layers() if isinstance(layer, layers.Dense)}
+    assert dtypes == {policy.removeprefix("mixed_")}
+    copy.compile(keras_mp.LossScaleOptimizer("sgd", initial_scale=8.0), "mse", jit_compile=True)
+    assert np.isfinite(copy.fit(x, np.ones(copy(x).shape), verbose=0).history["loss"][0])
 
 
 class Positions(layers.Layer):
@@ -375,14 +416,16 @@ def test_a_layer_that_fails_in_training_alone_is_named(policy):
 class OnlyFloat32(keras.Model):
     def __init__(self):
         super().__init__()
-        self.dense = layers.Dense(8)
+        self.dense, self.out = layers.Dense(8), layers.Dense(8)
 
     def call(self, x):
-        return tf.linalg.matmul(self.dense(x), tf.ones((8, 8))) + tf.cast(self.dense(x), tf.float32)
+        if self.dense.compute_dtype != "float32":
+            raise TypeError("I compute in float32.")
+        return self.out(self.dense(x))
 
 
 def test_a_model_that_would_not_run_is_refused():
-    with pytest.raises(ConversionError, match="cannot be converted to 'mixed_float16'.*float32"):
+    with pytest.raises(ConversionError, match="cannot be converted to 'mixed_float16'.*I compute in float32"):
         converted(called(OnlyFloat32(), normal(2, 8)), "mixed_float16")
     assert keras.config.dtype_policy().name == "float32"
 

@@ -10,13 +10,14 @@ import tensorflow as tf
 from keras_mp import backend
 from keras_mp.layers.embedding import rows_of
 from keras_mp.layers.head import matmul
+from keras_mp.layers.quantizing import Quantizing
 from keras_mp.products import are_wide
 
 __all__ = ["ReversibleEmbedding", "twin_for_keras_hub"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
-class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
+class ReversibleEmbedding(Quantizing, keras.layers.ReversibleEmbedding):
     """An embedding whose logits, with `reverse=True`, are float32 sums of 16-bit products.
 
     A drop-in for `keras.layers.ReversibleEmbedding`, with the same arguments and weights. Rows are read as by
