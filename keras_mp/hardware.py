@@ -200,8 +200,8 @@ def detect() -> Hardware:
     Never stale: only what is known of the CPU is remembered, while GPUs and TPUs are listed at every call, so that
     `tf.config.set_visible_devices` and a TPU system initialised later are seen. Where a CPU decides that has bfloat16
     instructions but no AMX, of which some are slower in bfloat16 than in float32, a product is timed, once per process
-    and in under half a second (two where it is a close thing), as by `keras_mp.hardware.measure`. It does not start TensorFlow's
-    runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
+    and in under half a second (two where it is close), as by `keras_mp.hardware.measure`. It does not start
+    TensorFlow's runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
 
     Returns:
         A `Hardware`, with `.devices`, `.recommended_policy`, `.recommended_jit_compile` and `.reason`.

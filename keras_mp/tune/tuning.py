@@ -27,8 +27,8 @@ from keras_mp.tune.work import Work, count_products
 
 __all__ = ["tune"]
 
-# The largest error of an output, as a share of what it varies by, that rounding to a dtype explains; in float32 XLA adds
-# up in another order than TensorFlow.
+# The largest error of an output, as a share of what it varies by, that rounding to a dtype explains; in float32 XLA
+# adds up in another order than TensorFlow.
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
 _TOLERANCE_FLOAT32 = 1e-3
 
@@ -84,7 +84,8 @@ def tune(
     the same weights: to 1e-3 of what an output varies by over the batch (its standard deviation, of each feature) in
     float32, which XLA adds up in another order, 1e-2 in float16, 5e-2 in bfloat16. Outputs that do not vary are judged
     by their level. Of a model that samples when it is called, as a variational autoencoder does, the means of several
-    runs are compared, as far as two such means agree in float32. One is recommended over the model as it is only if it is faster by more than 5% and the noise.
+    runs are compared, as far as two such means agree in float32. One is recommended over the model as it is only if it
+    is faster by more than 5% and the noise.
 
     Args:
         model: a compiled Keras model under any policy. One that is not built is built, as a copy, from the batch.
