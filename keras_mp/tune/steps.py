@@ -218,8 +218,8 @@ def largest_error(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray]
         reference: arrays of the same shapes.
 
     Example:
-    >>> largest_error([np.array([[1000.0], [1002.1]])], [np.array([[1000.0], [1002.0]])])
-    0.07...
+    >>> round(largest_error([np.array([[1000.0], [1002.1]])], [np.array([[1000.0], [1002.0]])]), 3)
+    0.07
     """
     if [each.shape for each in outputs] != [each.shape for each in reference]:
         return math.inf
