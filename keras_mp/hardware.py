@@ -200,8 +200,8 @@ def detect() -> Hardware:
     Never stale: only what is known of the CPU is remembered, while GPUs and TPUs are listed at every call, so that
     `tf.config.set_visible_devices` and a TPU system initialised later are seen. Where a CPU decides that has bfloat16
     instructions but no AMX, of which some are slower in bfloat16 than in float32, a product is timed, once per process
-    and in under half a second, as by `keras_mp.hardware.measure`. It does not start TensorFlow's
-    runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
+    and in under half a second (two where it is close), as by `keras_mp.hardware.measure`. It does not start
+    TensorFlow's runtime: memory growth, logical devices and multi-worker strategies can still be configured after it.
 
     Returns:
         A `Hardware`, with `.devices`, `.recommended_policy`, `.recommended_jit_compile` and `.reason`.
@@ -283,6 +283,8 @@ def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
     """Times a matrix product in float32 and in a 16-bit dtype, in turns, on this machine.
 
     Takes under half a second on anything but a very slow device, once per process: later calls return the same result.
+    A ratio near the one that decides is timed for up to two seconds, and where even that does not settle it the answer
+    is that nothing is gained, so that it is the same from run to run.
     The products stand alone, without the bias that some CPUs are a thousand times slower with in float16. What it
     shows is the most that a dtype can gain: in a training step, casts and other ops take their share.
 
@@ -383,7 +385,7 @@ def _cpu_reason(devices: Sequence[Device], onednn: bool, slow: Callable[[str], P
         )
     return (
         f"{names} has {' and '.join(words)}, which oneDNN's bfloat16 kernels use; XLA on a CPU does not use those "
-        "kernels, so jit_compile stays off."
+        "kernels."
     )
 
 

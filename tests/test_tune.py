@@ -170,13 +170,67 @@ def test_a_ratio_is_taken_round_by_round():
     assert paired_ratio(noisy, np.ones(10_000))[1] == pytest.approx(1.2533 * 0.1 / 100, rel=0.03)
 
 
-def test_an_error_is_relative_to_the_largest_value_of_its_output():
-    reference = [np.array([100.0, 1.0]), np.array([0.5])]
-    assert largest_error([np.array([101.0, 1.0]), np.array([0.5])], reference) == pytest.approx(0.01)
-    assert largest_error([np.array([100.0, 1.0]), np.array([0.6])], reference) == pytest.approx(0.2)
-    assert largest_error([np.array([np.nan, 1.0]), np.array([0.5])], reference) == np.inf
-    assert largest_error([np.array([100.0, 1.0])], reference) == np.inf
-    assert largest_error([np.array([np.inf, 1.0])], [np.array([np.inf, 1.0])]) == 0
+def varying(*shape):
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        varying(64, 3),
+        1000 + varying(64, 3),
+        1000 + varying(64),
+        varying(64, 5, 1) + np.array([[1000.0], [2000.0], [3000.0], [0.0], [-5000.0]]),
+        varying(64, 3) * [1.0, 10.0, 0.3] + [1000.0, 0.0, 5.0],
+        varying(64, 4, 4, 2) + 1000,
+    ],
+    ids=["plain", "level", "squeezed", "levels-by-position", "units", "images"],
+)
+def test_an_error_is_relative_to_what_an_output_varies_by_over_the_batch(expected):
+    wrong = 0.1 * expected.std(axis=0)
+    assert largest_error([expected], [expected]) == 0
+    assert largest_error([expected + wrong], [expected]) == pytest.approx(0.1, rel=0.3)
+    # The worst output counts.
+    assert largest_error([expected, expected + wrong], [expected, expected]) > 0.05
+
+
+def test_what_float32_cannot_tell_apart_is_no_error():
+    expected = 1000 + 0.01 * varying(64, 3)
+    assert largest_error([expected + 6e-5], [expected]) == 0
+    assert largest_error([expected + 0.01], [expected]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("expected", "wrong", "error"),
+    [
+        (np.full((8, 2), 1000.0), 10.0, 0.01),  # judged by its level where nothing varies
+        (np.zeros((8, 2)), 0.25, 0.25),
+        (np.full((8, 1), 1000.0) + 1e-5 * varying(8, 1), 10.0, 0.01),  # what varies is rounding of float32
+        (1000 + varying(1, 64), 0.1, 0.1),  # one row: by what its entries vary by
+        (np.array(7.0), 0.7, 0.1),
+    ],
+    ids=["constant", "zero", "rounding", "one-row", "scalar"],
+)
+def test_an_output_that_does_not_vary_is_judged_by_its_level(expected, wrong, error):
+    assert largest_error([expected + wrong], [expected]) == pytest.approx(error, rel=0.2)
+
+
+def test_a_feature_that_hardly_varies_is_not_judged_by_next_to_nothing():
+    expected = varying(64, 8) * [1, 1, 1, 1, 1, 1, 1e-4, 0]
+    assert largest_error([expected + 1e-3], [expected]) == pytest.approx(0.01, rel=0.3)
+    # Few rows tell little of what one feature varies by: two alike in one feature do not make its rounding an error.
+    expected = varying(2, 256)
+    assert largest_error([expected + 3e-3], [expected]) < 0.01
+
+
+def test_an_error_is_infinite_for_what_is_not_finite_or_of_another_shape():
+    reference = [np.array([[100.0, 1.0]]), np.array([[0.5]])]
+    assert largest_error([np.array([[np.nan, 1.0]]), np.array([[0.5]])], reference) == np.inf
+    assert largest_error([np.array([[100.0, 1.0]])], reference) == np.inf
+    masked = np.where(varying(8, 3) > 0.5, -np.inf, varying(8, 3))
+    assert largest_error([masked], [masked]) == 0
+    assert 0.05 < largest_error([masked + 0.1], [masked]) < 0.5
+    assert largest_error([np.array([np.inf])], [np.array([np.inf])]) == 0
 
 
 def graph_of(function, *shapes):
@@ -324,6 +378,14 @@ def test_what_the_hardware_has_or_lacks_is_said(device, words):
 
 
 @pytest.mark.parametrize(
+    "device", [AMX, Device("cpu", "Old"), *(Device("gpu", "X", compute_capability=(n, 0)) for n in (6, 7, 8))]
+)
+def test_what_the_hardware_has_says_nothing_of_what_to_switch_on(device):
+    """The recommendation above it does, of what was timed, and may be another."""
+    assert "jit_compile" not in " ".join(explain.about_hardware(recommend_hardware([device])))
+
+
+@pytest.mark.parametrize(
     ("figures", "is_bottleneck"),
     [((10, 60, 50), True), ((10, 10.5, 2), False), ((10, 10.4, 9), False), ((10, 14, 0.1), False)],
 )
@@ -437,6 +499,96 @@ def test_what_disagrees_with_float32_is_not_recommended():
     assert bfloat16.error > 0.05
     assert tuning.policy == "float32"
     assert "outputs disagree" in str(tuning)
+
+
+def test_what_16_bits_make_of_a_level_is_compared_with_what_varies():
+    """Targets of 1000 +- 1, as from years or prices: in bfloat16 their steps are 4."""
+    model = small_model(Raised())
+    tuning = keras_mp.tune(model, batch(64), policies="mixed_bfloat16", **QUICK)
+    float32, bfloat16 = tuning.candidates
+    assert (float32.agrees, bfloat16.agrees) == (True, False)
+    assert bfloat16.error > 0.5
+
+
+@keras.saving.register_keras_serializable("test_tune")
+class Raised(keras.layers.Layer):
+    """Adds a level that 16 bits have few steps at."""
+
+    def call(self, x):
+        return x + 1000
+
+
+@keras.saving.register_keras_serializable("test_tune")
+class Sampling(keras.layers.Layer):
+    """Draws from what it is told the mean and the variance of, at inference too."""
+
+    def __init__(self, how="keras", **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.generator = keras.random.SeedGenerator(1)
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+    def call(self, z):
+        mean, log_variance = keras.ops.split(z, 2, -1)
+        shape = keras.ops.shape(mean)
+        if self.how == "tf":
+            drawn = tf.random.normal(shape, dtype=mean.dtype)
+        elif self.how == "float32":  # which 16 bits cannot be multiplied with
+            drawn = tf.random.normal(shape)
+            return tf.add(mean, tf.exp(0.5 * log_variance) * drawn)
+        else:
+            seed = self.generator if self.how == "generator" else None
+            drawn = keras.random.normal(shape, dtype=mean.dtype, seed=seed)
+        return mean + keras.ops.exp(0.5 * log_variance) * drawn
+
+
+@pytest.mark.parametrize("how", ["keras", "generator", "tf", "float32"])
+def test_a_model_that_samples_is_tuned_and_said_to_sample(how):
+    inputs = keras.Input((16,))
+    outputs = keras.layers.Dense(16, "sigmoid")(Sampling(how)(keras.layers.Dense(8)(inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", "binary_crossentropy")
+    x = (np.random.default_rng(0).random((32, 16)) > 0.5).astype("float32")
+    tuning = keras_mp.tune(model, (x, x), policies=["float32", "mixed_bfloat16"], **QUICK)
+    assert [each.agrees for each in tuning.candidates if not each.why.startswith("failed")] in ([True], [True] * 2)
+    (said,) = [each for each in tuning.findings if "samples" in each]
+    assert "two runs in float32" in said
+
+
+@pytest.mark.parametrize("what", ["wrong", "nan"])
+def test_a_candidate_that_draws_wrong_numbers_is_ruled_out(what):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(Failing16(what)(Sampling()(keras.layers.Dense(4)(inputs)))))
+    model.compile("sgd", "mse")
+    tuning = keras_mp.tune(model, batch(32), policies="mixed_bfloat16", **QUICK)
+    assert [each.agrees for each in tuning.candidates] == [True, False]
+
+
+def test_a_model_that_samples_what_is_not_a_number_is_said_to():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Lambda(keras.ops.log)(Sampling()(keras.layers.Dense(4)(inputs))))
+    model.compile("sgd", "mse")
+    with pytest.raises(ArgumentError, match="outputs are not finite"):
+        keras_mp.tune(model, batch(32), **QUICK)
+
+
+@keras.saving.register_keras_serializable("test_tune")
+class Failing16(keras.layers.Layer):
+    """Right in float32 alone."""
+
+    def __init__(self, what, **kwargs):
+        super().__init__(**kwargs)
+        self.what = what
+
+    def get_config(self):
+        return {**super().get_config(), "what": self.what}
+
+    def call(self, x):
+        if keras.backend.standardize_dtype(x.dtype) == "float32":
+            return x
+        return x * float("nan") if self.what == "nan" else x + 30
 
 
 def test_a_candidate_that_fails_is_reported_with_the_reason():

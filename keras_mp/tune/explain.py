@@ -18,6 +18,7 @@ __all__ = [
     "about_hardware",
     "about_pipeline",
     "about_products",
+    "about_sampling",
     "about_share",
     "about_short_steps",
     "about_small_products",
@@ -182,6 +183,21 @@ def about_dimensions(
             f"A batch of {rows} rows is no multiple of {_BLOCK}; type batch_size={-(-rows // _BLOCK) * _BLOCK}."
         )
     return sentences
+
+
+def about_sampling(differ: float, runs: int) -> list[str]:
+    """How a model that samples was compared.
+
+    Args:
+        differ: how far two runs in float32 are apart, as a share of what outputs vary by. 0 for one that does not.
+        runs: how many were averaged.
+    """
+    if not differ:
+        return []
+    return [
+        f"The model samples when it is called: two runs in float32 on the same batch differ by {differ:.1e} of what "
+        f"outputs vary by. So outputs are means of {runs} runs, and agree within what such means differ by in float32."
+    ]
 
 
 def about_pipeline(pipeline: Pipeline) -> list[str]:

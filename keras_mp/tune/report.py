@@ -34,7 +34,8 @@ class Candidate:
             was not timed.
         ratio: step time over that in float32, so that 0.5 is twice as fast: the median of those of all rounds.
         noise: standard error of that median, as a share of it.
-        error: largest error of an output against float32 on the same weights, relative to the largest value of it.
+        error: largest error of an output against float32 on the same weights, as a share of what the output varies by
+            over the batch; see `tune`.
         agrees: whether that is within the tolerance of the dtype; None where it is not known.
         why: in words, why it failed or was not timed to the end. Empty where it was.
     """
@@ -177,7 +178,7 @@ def why_recommended(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         gain = _ratio(float32) / _ratio(chosen)
         beside += f", {gain:.2f} times as fast as the fastest in float32, {_figures(float32)}"
     if chosen.error:
-        beside += f"; outputs differ from float32 by {chosen.error:.1e} of the largest at most"
+        beside += f"; outputs differ from float32 by {chosen.error:.1e} of what they vary by"
     took = f"A step takes {chosen.step_ms:.2f} ms in {chosen.in_words}{beside}."
     if not chosen.converted:
         return (

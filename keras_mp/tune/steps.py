@@ -12,11 +12,18 @@ import tensorflow as tf
 
 from keras_mp import backend
 
-__all__ = ["Copy", "Step", "largest_error", "paired_ratio", "take_turns"]
+__all__ = ["Copy", "Step", "largest_error", "mean_of_runs", "paired_ratio", "take_turns"]
 
 # A turn of a short step is several calls, so that the clock and what Python does between calls count little.
 _TURN_SECONDS = 0.03
 _CALLS_AT_MOST = 20
+
+# What float32 rounds away of a level, after some operations: eight units in the last place.
+_RESOLUTION = 8 * 2.0**-23
+
+# The least that a feature is taken to vary by, as a share of what the whole output does: what is next to nothing, as of
+# a unit that is never active, is rounded with what it is added up from.
+_LEAST_SPREAD = 0.1
 
 
 class Copy:
@@ -43,14 +50,14 @@ class Copy:
         for variable, value in self._first:
             variable.assign(value)
 
-    def outputs(self, x: Any, jit_compile: bool) -> list[np.ndarray]:
-        """The outputs for a batch on the weights that the model had at first, which the copy gets back for it.
+    def outputs(self, x: Any, jit_compile: bool, runs: int = 1) -> list[list[np.ndarray]]:
+        """The outputs for a batch on the weights that the model had at first, which the copy gets back for each run.
 
         Args:
             x: a batch of inputs.
             jit_compile: whether XLA compiles the forward pass.
+            runs: how often it runs: a model that samples draws other numbers each time.
         """
-        self.restore()
         backend.set_remapper(self.remapper)
 
         @tf.autograph.experimental.do_not_convert
@@ -58,8 +65,12 @@ class Copy:
             return backend.call(self.model, x, training=False)
 
         run = tf.function(forward, jit_compile=jit_compile)
-        # NumPy has no bfloat16 that it can subtract in.
-        return [np.asarray(tf.cast(output, tf.float64)) for output in keras.tree.flatten(run(x))]
+        several = []
+        for _ in range(runs):
+            self.restore()
+            # NumPy has no bfloat16 that it can subtract in.
+            several.append([np.asarray(tf.cast(output, tf.float64)) for output in keras.tree.flatten(run(x))])
+        return several
 
 
 class Step:
@@ -196,25 +207,59 @@ def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) 
 
 
 def largest_error(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
-    """The largest error of an output, relative to the largest value of that output; infinite for what is not finite.
+    """The largest error of an output's feature, as a share of what it varies by, or infinite for what is not finite.
+
+    Both are root mean squares: of the difference, and of the deviation from the mean over the batch. So 1000 +- 1 is
+    judged by the 1. What float32 itself cannot tell apart is no error. A feature that does not vary is judged by its
+    level, and no feature by less than a share of what the whole output varies by.
 
     Args:
-        outputs: arrays.
+        outputs: arrays with the batch first and features last.
         reference: arrays of the same shapes.
 
     Example:
-    >>> largest_error([np.array([1.0, 3.9])], [np.array([1.0, 4.0])])
-    0.025000000000000022
+    >>> round(largest_error([np.array([[1000.0], [1002.1]])], [np.array([[1000.0], [1002.0]])]), 3)
+    0.07
     """
     if [each.shape for each in outputs] != [each.shape for each in reference]:
         return math.inf
-    errors = [0.0]
-    for output, expected in zip(outputs, reference, strict=True):
-        known = np.isfinite(expected)
-        if not np.array_equal(known, np.isfinite(output)):
-            return math.inf
-        if known.any():
-            scale = np.abs(expected[known]).max()
-            difference = np.abs(output[known] - expected[known]).max()
-            errors.append(float(difference / scale) if scale else float(difference))
-    return max(errors)
+    return max(map(_error, outputs, reference), default=0.0)
+
+
+def _error(output: np.ndarray, expected: np.ndarray) -> float:
+    known = np.isfinite(expected)
+    if not np.array_equal(known, np.isfinite(output)):
+        return math.inf
+    if not known.any():
+        return 0.0
+    # Rows x positions x features, of which masked are those that are meant to be infinite.
+    shape = (*expected.shape, 1, 1)[:1] if expected.ndim < 2 else expected.shape
+    expected = np.ma.masked_array(expected, ~known).reshape(shape[0], -1, shape[-1] if len(shape) > 1 else 1)
+    difference = np.ma.abs(np.ma.masked_array(output, ~known).reshape(expected.shape) - expected)
+    level = np.ma.abs(expected).max(axis=(0, 1)).filled(0.0)
+    resolution = _RESOLUTION * level
+    rows = expected.shape[0]
+    # One row varies over its entries alone.
+    variance = expected.var(axis=0).mean(axis=0).filled(0.0) if rows > 1 else np.full(level.shape, expected.var())
+    spread = np.sqrt(variance)
+    varies = spread > resolution
+    whole = np.sqrt(np.mean(variance[varies])) if varies.any() else 0.0
+    # Of few rows the spread of one feature is known badly.
+    floor = max(_LEAST_SPREAD, 1 / math.sqrt(rows)) * whole
+    scale = np.maximum(np.where(varies, spread, level), floor)
+    excess = np.ma.maximum(difference - resolution, 0.0)
+    errors = np.sqrt((excess**2).mean(axis=(0, 1)).filled(0.0))
+    return float(np.max(errors / np.where(scale > 0, scale, 1.0)))
+
+
+def mean_of_runs(runs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The mean of each output over several runs of a model that samples.
+
+    Args:
+        runs: the outputs of each.
+
+    Example:
+    >>> mean_of_runs([[np.array([1.0, 2.0])], [np.array([3.0, 2.0])]])
+    [array([2., 2.])]
+    """
+    return [np.mean(outputs, axis=0) for outputs in zip(*runs, strict=True)]
