@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Guess: a cell comes back from from_config(get_config()), as LSTMCell does.
-# Behaviour: the cell of ConvLSTM1D, 2D and 3D does not write the argument `rank`, which it requires: TypeError.
+# Behaviour: the cell of ConvLSTM1D and 2D does not write the argument `rank`, which it requires: TypeError.
 # Versions: tensorflow-cpu==2.21.0, keras==3.15.1, numpy==2.4.6
 # Output seen (Linux x86-64, Python 3.11):
 #   lstm comes back

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Guess: a MixtralBackbone that predicts under mixed_bfloat16 also trains under it.
-# Behaviour: with training=True its auxiliary loss multiplies bfloat16 by float32 and raises (InvalidArgumentError in eager mode,
-# TypeError in a graph), under mixed_float16 too. float32 works.
+# Behaviour: with training=True its auxiliary loss multiplies bfloat16 by float32 and raises InvalidArgumentError,
+# under mixed_float16 too. float32 works.
 # Versions: tensorflow-cpu==2.21.0, keras==3.15.1, numpy==2.4.6,
 # absl-py packaging regex rich kagglehub sentencepiece tokenizers, keras-hub==0.32.0
 # Output seen (Linux x86-64, Python 3.11):
