@@ -59,6 +59,7 @@ __all__ = [
     "origin",
     "output_places",
     "own_settings",
+    "paths_of_layers",
     "placeholder",
     "preprocessing_classes",
     "raise_from_graph",
@@ -736,18 +737,30 @@ def inner_layers(layer: keras.Layer) -> list[keras.Layer]:
 def layers_by_path(layer: keras.Layer) -> dict[str, keras.Layer]:
     """A layer and all layers inside it, by the names from the outermost down, joined by "/".
 
-    A layer that is used in several places stands at the first of them.
+    A layer that is used in several places stands at the first of them. Of several of one path, the first is given.
 
     Args:
         layer: a layer or model.
     """
     found: dict[str, keras.Layer] = {}
+    for each, path in paths_of_layers(layer):
+        found.setdefault(path, each)
+    return found
+
+
+def paths_of_layers(layer: keras.Layer) -> list[tuple[keras.Layer, str]]:
+    """A layer and all layers inside it, each once, with its path as in `layers_by_path`; some may have the same.
+
+    Args:
+        layer: a layer or model.
+    """
+    found: list[tuple[keras.Layer, str]] = []
     seen: set[int] = set()
 
     def visit(layer: keras.Layer, path: str) -> None:
         if id(layer) not in seen:
             seen.add(id(layer))
-            found.setdefault(path, layer)
+            found.append((layer, path))
             for inner in inner_layers(layer):
                 visit(inner, f"{path}/{inner.name}")
 

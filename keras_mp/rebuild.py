@@ -102,7 +102,7 @@ class Rebuild(Copier):
             ConversionError: a layer cannot be copied.
         """
         self._root = model
-        self._places = {id(layer): path for path, layer in backend.layers_by_path(model).items()}
+        self._places = {id(layer): path for layer, path in backend.paths_of_layers(model)}
         return self.layer(model)
 
     def layer(self, layer: keras.Layer) -> Any:

@@ -774,3 +774,19 @@ def test_a_metric_that_cannot_be_made_again_is_named():
     model.compile("sgd", "mse", metrics=[keras.metrics.MeanMetricWrapper(named_mean, name="mine")])
     with pytest.raises(ConversionError, match="'mine' of class MeanMetricWrapper cannot be made again"):
         keras_mp.convert(model, "float32")
+
+
+def test_layers_of_one_name_all_convert():
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (layers.Dense(4, name="same") for _ in range(3))
+
+        def call(self, x):
+            return self.c(self.b(self.a(x)))
+
+    model = Twins()
+    model(normal(2, 4))
+    mixed = keras_mp.convert(model, "mixed_bfloat16")
+    assert [layer.compute_dtype for layer in (mixed.a, mixed.b, mixed.c)] == ["bfloat16"] * 3
+    assert [type(layer).__name__ for layer in (mixed.a, mixed.b, mixed.c)] == ["Dense", "Dense", "Head"]
