@@ -33,6 +33,7 @@ __all__ = [
     "parse_sysctl",
     "recommend",
     "remember",
+    "strategy_in_use",
 ]
 
 # CPU features with a bearing on 16-bit arithmetic, as Linux spells them; the words are for people.
@@ -251,7 +252,12 @@ def remember(strategy: "tf.distribute.Strategy") -> None:
 
 def in_use() -> Hardware:
     """What `detect_for` finds for the strategy whose scope this is, or else for the one remembered."""
-    return detect_for(tf.distribute.get_strategy() if tf.distribute.has_strategy() else _remembered())
+    return detect_for(strategy_in_use())
+
+
+def strategy_in_use() -> "tf.distribute.Strategy | None":
+    """The strategy whose scope this is, or else the one remembered, or None."""
+    return tf.distribute.get_strategy() if tf.distribute.has_strategy() else _remembered()
 
 
 def fusion_is_safe(dtypes: Set[str], here: Hardware | None = None) -> bool:

@@ -19,6 +19,7 @@ from keras_mp.product_times import ProductTimes
 
 __all__ = [
     "advice",
+    "agree_on_auto",
     "chosen_policy",
     "compute_dtypes",
     "named_policy",
@@ -54,7 +55,8 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
 
     Args:
         policy: `"auto"` for what `keras_mp.detect()` recommends, of the devices of the strategy whose scope this is or
-            that `keras_mp.strategy` made last; `"mixed_bfloat16"`, `"mixed_float16"` or any other name Keras has for
+            that `keras_mp.strategy` made last, and with several workers, all of which have to ask, what it recommends
+            on the chief; `"mixed_bfloat16"`, `"mixed_float16"` or any other name Keras has for
             a floating-point policy; a `keras.DTypePolicy`, or a `keras_mp.PolicyMap` with policies for single layers.
 
     Returns:
@@ -89,7 +91,7 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
         PolicyError: as `set_policy` does.
     """
     automatic = isinstance(policy, str) and policy == "auto"
-    wanted = _resolve(hardware.in_use().recommended_policy if automatic else policy)
+    wanted = _resolve(_automatic() if automatic else policy)
     dtypes = {dtype for each in policies_in(wanted) for dtype in (each.compute_dtype, each.variable_dtype)}
     if dtypes.isdisjoint(_STEP):  # nothing to be said of it, so no product need be timed
         return wanted
@@ -100,6 +102,25 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     if not hardware.fusion_is_safe({each.compute_dtype for each in policies_in(wanted)}, here):
         backend.set_remapper(False)
     return wanted
+
+
+_agreements: list[Callable[[str], str]] = []
+
+
+def agree_on_auto(agree: Callable[[str], str]) -> None:
+    """Has `"auto"` mean what a function makes of the policy that is recommended here.
+
+    Args:
+        agree: gets its name, returns that of the policy to take.
+    """
+    _agreements.append(agree)
+
+
+def _automatic() -> str:
+    name = hardware.in_use().recommended_policy
+    for agree in _agreements:
+        name = agree(name)
+    return name
 
 
 @contextlib.contextmanager

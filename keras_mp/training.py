@@ -176,10 +176,13 @@ class Model(keras.Model):
         Raises:
             ArgumentError: for another `jit_compile`, for True where a layer cannot be compiled, or if model or
                 optimizer were not made in the scope of the strategy in force.
+            DistributionError: if the layers have other dtype policies on another worker.
         """
         if jit_compile not in (True, False, "auto"):
             raise ArgumentError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
         distribution.require_one_strategy(self, None)
+        # Before the optimizers are made, whose variables workers create together.
+        workers.require_one_policy(self, self.distribute_strategy)
         compiles, reason = self._choose_jit_compile(jit_compile, run_eagerly)
         # What is named by a string is made here, where the model was.
         with contextlib.nullcontext() if tf.distribute.has_strategy() else self.distribute_strategy.scope():

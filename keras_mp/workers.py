@@ -1,13 +1,18 @@
 """The workers of a multi-worker job: which is the chief, which callbacks run where, what to say when one is lost."""
 
+import collections
+import hashlib
+import json
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_mp import distribution
+from keras_mp import backend, distribution, hardware, policy
+from keras_mp.errors import DistributionError
 
-__all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several"]
+__all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several", "require_one_policy"]
 
 # They write files that all workers would write at once.
 _WRITERS = (
@@ -81,6 +86,78 @@ def explain_loss(error: tf.errors.OpError, strategy: tf.distribute.Strategy) -> 
     )
 
 
+def require_one_policy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Refuses to train a model that has other dtype policies on other workers, whose gradients would not add up.
+
+    All workers have to call it. One alone passes.
+
+    Args:
+        model: with all its layers.
+        strategy: the one that it is trained under.
+
+    Raises:
+        DistributionError: on every worker, with what each of them has.
+    """
+    if not is_one_of_several(strategy):
+        return
+    layers = [
+        (path, layer.compute_dtype, layer.variable_dtype) for path, layer in backend.layers_by_path(model).items()
+    ]
+    counts = collections.Counter(layer.dtype_policy.name for layer in backend.layers_by_path(model).values())
+    summary = ", ".join(f"{count} x {name}" for name, count in counts.most_common(3))
+    digest = hashlib.sha256(json.dumps(layers).encode()).digest()[:8]
+    row = np.frombuffer(digest + summary.encode()[:120].ljust(120), np.uint8).astype("int32")
+    spec = strategy.cluster_resolver.cluster_spec().as_dict()
+    names = [f"{job} {index}" for job in ("chief", "worker") for index in range(len(spec.get(job, ())))]
+    resolver = strategy.cluster_resolver
+    rows = np.zeros((len(names), len(row)), "int32")
+    rows[names.index(f"{resolver.task_type} {resolver.task_id}")] = row
+    (found,) = _summed(strategy, [tf.constant(rows)], True)
+    found = found.numpy().astype(np.uint8)
+    if len({each[:8].tobytes() for each in found}) == 1:
+        return
+    has = "; ".join(f"{name}: {each[8:].tobytes().decode().strip()}" for name, each in zip(names, found, strict=True))
+    raise DistributionError(
+        f"The layers of {model.name!r} have other dtype policies on other workers, so that their gradients cannot be "
+        f"added up. {has}. Make the model under one policy on all of them: type "
+        'keras_mp.set_policy("mixed_bfloat16") before it, or set_policy("auto") in the scope of the strategy, which '
+        "takes the chief's answer."
+    )
+
+
+_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def _chiefs_choice(name: str) -> str:
+    """The policy that the chief's hardware recommends, where several workers ask; all of them have to."""
+    strategy = hardware.strategy_in_use()
+    if not is_one_of_several(strategy):
+        return name
+    index = tf.constant(_POLICIES.index(name), tf.int32)
+    (index,) = _summed(strategy, [index], is_chief(strategy))
+    return _POLICIES[int(index)]
+
+
+policy.agree_on_auto(_chiefs_choice)
+
+
+def _summed(strategy: tf.distribute.Strategy, values: list[tf.Tensor], gives: bool) -> list[tf.Tensor]:
+    """Sums of what those workers give of which each says whether it does."""
+
+    @tf.function(autograph=False)
+    def share(values: list[tf.Tensor]) -> Any:
+        def on_replica() -> Any:
+            # Of a worker's replicas the first one gives.
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            first = tf.equal(replica % len(strategy.extended.worker_devices), 0)
+            shared = [tf.where(tf.logical_and(gives, first), v, tf.zeros_like(v)) for v in values]
+            return distribution.sum_over_replicas(shared)
+
+        return strategy.run(on_replica)
+
+    return [strategy.experimental_local_results(value)[0] for value in share(values)]
+
+
 class _StartLikeTheChief(keras.callbacks.Callback):
     """Gives all workers what the chief has, when the callbacks before it have restored it."""
 
@@ -93,21 +170,8 @@ class _StartLikeTheChief(keras.callbacks.Callback):
         variables = {id(v): v for v in [*model.variables, *model.optimizer.variables]}
         epoch = tf.constant(model._initial_epoch or 0, tf.int64)
         values = [tf.convert_to_tensor(variable.value) for variable in variables.values()]
-        *values, epoch = self._from_chief([*values, epoch])
+        strategy = self._strategy
+        *values, epoch = _summed(strategy, [*values, epoch], is_chief(strategy))
         for variable, value in zip(variables.values(), values, strict=True):
             variable.assign(value)
         model._initial_epoch = int(epoch)
-
-    def _from_chief(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
-        strategy, here = self._strategy, is_chief(self._strategy)
-
-        @tf.function(autograph=False)
-        def share(values: list[tf.Tensor]) -> Any:
-            def on_replica() -> Any:
-                # The first replica of all is the chief's.
-                gives = here and tf.distribute.get_replica_context().replica_id_in_sync_group == 0
-                return distribution.sum_over_replicas([tf.where(gives, v, tf.zeros_like(v)) for v in values])
-
-            return strategy.run(on_replica)
-
-        return [strategy.experimental_local_results(value)[0] for value in share(values)]

@@ -24,7 +24,7 @@ PROGRAM = [sys.executable, "-W", "ignore", "-m", "tests.multiworker_fit_program"
 SECONDS = 300
 
 
-def start(count, folder, *arguments):
+def start(count, folder, *arguments, program=PROGRAM):
     """Starts the workers, as machines of their own would: none ends another. Returns processes and logs."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     processes, logs = [], []
@@ -33,7 +33,7 @@ def start(count, folder, *arguments):
         logs.append(folder / f"log{index}")
         with logs[-1].open("w") as output:
             environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
-            command = [*PROGRAM, *map(str, arguments)]
+            command = [*program, *map(str, arguments)]
             processes.append(
                 subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
             )
@@ -53,8 +53,8 @@ def finish(processes, logs):
     return [process.returncode for process in processes], [log.read_text() for log in logs]
 
 
-def run(count, folder, *arguments):
-    codes, printed = finish(*start(count, folder, *arguments))
+def run(count, folder, *arguments, program=PROGRAM):
+    codes, printed = finish(*start(count, folder, *arguments, program=program))
     assert codes == [0] * count, "\n".join(printed)
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
@@ -145,3 +145,12 @@ def test_keras_tells_where_a_backup_ends(tmp_path):
         callback = keras.callbacks.BackupAndRestore(str(tmp_path), delete_checkpoint=False)
         model.fit(np.ones((4, 4)), np.ones((4, 1)), epochs=2, verbose=0, callbacks=[callback])
     assert model._initial_epoch == 2
+
+
+def test_workers_take_the_chiefs_policy_and_tell_of_different_ones(tmp_path):
+    chief, other = run(2, tmp_path, program=[*PROGRAM[:-1], "tests.multiworker_policy_program"])
+    assert (chief["recommended"], other["recommended"]) == ("mixed_bfloat16", "float32")
+    assert chief["chosen"] == other["chosen"] == "mixed_bfloat16"
+    assert chief["said"] == other["said"]
+    assert "worker 0: 3 x mixed_bfloat16" in chief["said"]
+    assert "worker 1: 3 x mixed_float16" in chief["said"]

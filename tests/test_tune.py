@@ -493,7 +493,9 @@ class InPython(keras.layers.Layer):
 
 
 def test_what_disagrees_with_float32_is_not_recommended():
-    tuning = keras_mp.tune(small_model(Cancelling()), batch(), policies="mixed_bfloat16", **QUICK)
+    tuning = keras_mp.tune(
+        small_model(keras.layers.Dense(4), Cancelling()), batch(), policies="mixed_bfloat16", **QUICK
+    )
     float32, bfloat16 = tuning.candidates
     assert (float32.agrees, bfloat16.agrees) == (True, False)
     assert bfloat16.error > 0.05
@@ -613,7 +615,7 @@ class Noting(keras.layers.Layer):
     """Notes, when a step is traced, what it computes in and whether grappler may fuse."""
 
     def call(self, x, training=False):
-        if training:
+        if training and backend.recording():
             NOTES.add((self.compute_dtype, backend.remapper_enabled()))
         return x
 
@@ -622,7 +624,7 @@ def test_float16_on_a_cpu_does_without_the_fusion_that_others_are_timed_with():
     backend.set_remapper(True)
     NOTES.clear()
     policies = ["mixed_float16", "mixed_bfloat16"]
-    keras_mp.tune(small_model(Noting()), batch(), policies=policies, **QUICK)
+    keras_mp.tune(small_model(keras.layers.Dense(4), Noting()), batch(), policies=policies, **QUICK)
     on_cpu = not keras_mp.detect().accelerators
     assert {("float32", True), ("bfloat16", True), ("float16", not on_cpu)} <= NOTES
     assert ("bfloat16", False) not in NOTES
