@@ -83,9 +83,10 @@ def recommender(make=layers.Embedding, model=keras_mp.Model, **settings):
     return made, table
 
 
-def train(made, optimizer, jit_compile=False, steps=3):
+def train(made, optimizer, jit_compile=False, steps=3, copies=1):
     made.compile(optimizer, "mse", jit_compile=jit_compile)
     x, y = np.arange(24).reshape(-1, 2) % 50, np.arange(12.0)[:, None]
+    x, y = np.tile(x, (copies, 1)), np.tile(y, (copies, 1))
     for _ in range(steps):
         made.train_on_batch(x, y)
     return made.get_weights()
@@ -97,7 +98,9 @@ def train(made, optimizer, jit_compile=False, steps=3):
 def test_training_is_that_of_keras(case, policy, optimizer, mirrored):
     keras.config.set_dtype_policy(policy)
     settings = {"embeddings_regularizer": "l2"} if case == "regularizer" else {}
-    stock = train(recommender(keras.layers.Embedding, keras.Model, **settings)[0], optimizer(0.1))
+    # `train_on_batch` gives each replica all rows, and so each id as often as there are replicas.
+    copies = 2 if case == "strategy" else 1
+    stock = train(recommender(keras.layers.Embedding, keras.Model, **settings)[0], optimizer(0.1), copies=copies)
     with mirrored(2).scope() if case == "strategy" else tf.device(None):
         ours = train(recommender(**settings)[0], keras_mp.LossScaleOptimizer(optimizer(0.1)), jit_compile=case == "XLA")
     for one, other in zip(ours, stock, strict=True):
