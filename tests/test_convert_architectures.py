@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("KERAS_HUB_HOME", os.devnull)  # nothing is downloaded here
 
+import warnings
+
 import keras
 import keras_hub
 import numpy as np
@@ -185,10 +187,7 @@ def test_an_application_trains_compiled_by_xla(name):
 def test_a_backbone_converts_trains_and_returns(name, jit_compile):
     make, x = BACKBONES[name]
     model = awake(make(), x)
-    if name != "T5":
+    with warnings.catch_warnings():
+        # T5's attention hides with -1e9, which float16 does not hold; its own code is float32, and no layer is left so.
+        warnings.filterwarnings("ignore", "Layer '\\w+' .of type T5MultiHeadAttention. was passed an input with a mask")
         check(model, x, [jit_compile], make)
-        return
-    # Its attention hides with -1e9, which float16 does not hold; that layer alone is left in float32.
-    with pytest.warns(keras_mp.errors.KerasMPWarning, match="T5MultiHeadAttention fails in float16") as told:
-        check(model, x, [jit_compile], make)
-    assert len([each for each in told if "fails in" in str(each.message)]) == 1
