@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 
 import h5py
 import keras
@@ -636,3 +637,117 @@ def test_trusting_reaches_what_keras_makes_inside():
         assert keras.saving.deserialize_keras_object(config)(3) == 3
     with backend.trusting(True), pytest.raises(ValueError, match="safe_mode"):
         keras.saving.deserialize_keras_object(config, safe_mode=False)
+
+
+def test_slots_are_found_for_a_view_in_float32():
+    """Rests on `Optimizer._var_key` and `_unique_id`, by which Keras finds the slots of a variable."""
+    variable, optimizer = keras.Variable([1.0, 2.0], dtype="float16"), keras.optimizers.SGD(0.5, momentum=0.5)
+    optimizer.build([variable])
+    view = backend.Float32View(variable.value, optimizer)
+    assert optimizer._var_key(view) == optimizer._var_key(variable)
+    assert optimizer._get_variable_index(view) == 0
+    optimizer.update_step(tf.constant([2.0, -2.0]), view, 0.5)
+    assert variable.numpy().tolist() == [0.0, 3.0]
+    assert optimizer.momentums[0].numpy().tolist() == [-1.0, 1.0]
+
+
+def test_functions_that_an_operation_calls_are_found():
+    """Rests on `Graph._get_function`."""
+
+    @tf.function
+    def inner(x):
+        return tf.sin(x)
+
+    def calling(x):
+        return tf.cond(x > 0, lambda: tf.cos(x), lambda: tf.while_loop(lambda x: x < 0, lambda x: [inner(x)], [x])[0])
+
+    found = set()
+
+    def visit(graph):
+        for op in graph.get_operations():
+            found.add(op.type)
+            for _, function in backend.called_functions(op):
+                visit(function)
+
+    visit(tf.function(calling).get_concrete_function(tf.constant(1.0)).graph)
+    assert {"Cos", "Sin"} <= found
+
+
+def test_functions_are_called_around_epochs(monkeypatch):
+    """Rests on `CallbackList.on_train_begin` and `on_epoch_end`, and on its `model`, which `fit` sets."""
+    for name in ("on_train_begin", "on_epoch_end"):
+        monkeypatch.setattr(keras.callbacks.CallbackList, name, getattr(keras.callbacks.CallbackList, name))
+    seen = []
+
+    class Noting(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            seen.append("callback begins")
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append("callback ends")
+
+    backend.call_around_epochs(lambda model: seen.append(model), lambda model: seen.append((model, "ends")))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 2)), np.ones((2, 1)), epochs=2, verbose=0, callbacks=[Noting()])
+    end = ["callback ends", (model, "ends")]
+    assert seen == [model, "callback begins", *end, *end]
+
+
+def test_calls_and_losses_are_watched_and_let_go():
+    """Rests on `keras.Operation.__call__` and `keras.Layer.add_loss`, which are replaced, and put back."""
+
+    class Losing(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(tf.reduce_sum(x))
+            return x
+
+    class Failing(keras.layers.Layer):
+        def call(self, x):
+            raise NotImplementedError
+
+    losing, failing, seen = Losing(), Failing(), []
+
+    def begins(operation, arguments):
+        seen.append(("begins", operation))
+        return operation
+
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, losing(inputs) + 1)
+    addition = model.operations[-1]
+    before = keras.Operation.__call__, keras.Layer.add_loss
+    with backend.watched_calls(
+        begins,
+        lambda operation, outputs: seen.append(("ends", operation)),
+        lambda operation: seen.append(("fails", operation)),
+        lambda layer: seen.append(("loses", layer)),
+    ):
+        model(tf.ones((1, 2)))
+        with pytest.raises(NotImplementedError):
+            failing(tf.ones((1, 2)))
+        thread = threading.Thread(target=lambda: losing(tf.ones((1, 2))))
+        thread.start()
+        thread.join()
+    assert (keras.Operation.__call__, keras.Layer.add_loss) == before
+    assert seen == [
+        ("begins", model),
+        ("begins", losing),
+        ("loses", losing),
+        ("ends", losing),
+        ("begins", addition),
+        ("ends", addition),
+        ("ends", model),
+        ("begins", failing),
+        ("fails", failing),
+    ]
+
+
+def test_a_scratch_graph_reads_variables_and_changes_nothing():
+    """Rests on `tf.__internal__.FuncGraph`."""
+    variable = tf.Variable(1.0)
+    graph = backend.scratch_graph()
+    with graph.as_default():
+        result = variable.assign_add(1.0) + tf.compat.v1.placeholder(tf.float32, ())
+    assert result.graph is graph
+    assert "AssignAddVariableOp" in {op.type for op in graph.get_operations()}
+    assert float(variable) == 1.0
