@@ -176,13 +176,14 @@ class Model(keras.Model):
         Raises:
             ArgumentError: for another `jit_compile`, for True where a layer cannot be compiled, or if model or
                 optimizer were not made in the scope of the strategy in force.
-            DistributionError: if the layers have other dtype policies on another worker.
+            DistributionError: if the layers have other dtype policies, or the loss is scaled otherwise, on another
+                worker.
         """
         if jit_compile not in (True, False, "auto"):
             raise ArgumentError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
         distribution.require_one_strategy(self, None)
         # Before the optimizers are made, whose variables workers create together.
-        workers.require_one_policy(self, self.distribute_strategy)
+        workers.require_alike(self, self.distribute_strategy, self._scaling_of(optimizer, auto_scale_loss))
         compiles, reason = self._choose_jit_compile(jit_compile, run_eagerly)
         # What is named by a string is made here, where the model was.
         with contextlib.nullcontext() if tf.distribute.has_strategy() else self.distribute_strategy.scope():
@@ -317,7 +318,7 @@ class Model(keras.Model):
 
         Raises:
             DistributionError: for a batch that does not divide among the replicas, or a model made outside the scope of
-                the strategy in force.
+                the strategy in force, or other dtype policies or loss scaling on another worker than on this one.
             WorkerLostError: where another worker does not answer any more.
             CompilationError: where XLA cannot compile a layer.
         """
@@ -334,6 +335,8 @@ class Model(keras.Model):
             with strategy.scope():
                 self.optimizer.build(self.trainable_variables)
         with self._errors_in_words(), self._checking_batches():
+            if self.compiled:  # policies, and what is made late, may be others than when it was compiled
+                workers.require_alike(self, strategy, self._scaling_of(self.optimizer, False))
             return super().fit(**given)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -363,6 +366,15 @@ class Model(keras.Model):
         distribution.require_one_strategy(self, None)
         with self._errors_in_words():
             return super().predict(*args, **kwargs)
+
+    def _scaling_of(self, optimizer: Any, automatic: bool) -> str:
+        """In words, how the loss is scaled by an optimizer, or by the one that is put around it."""
+        if isinstance(optimizer, LossScaleOptimizer):
+            return f"LossScaleOptimizer, reduce_dtype={optimizer.reduce_dtype!r}"
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return "Keras's LossScaleOptimizer"
+        wraps = automatic and optimizer is not None and self._computes_in_float16()
+        return "LossScaleOptimizer, reduce_dtype='float32'" if wraps else "none"
 
     def _computes_in_float16(self) -> bool:
         return any(layer.compute_dtype == "float16" for layer in self._flatten_layers())

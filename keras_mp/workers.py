@@ -1,7 +1,5 @@
 """The workers of a multi-worker job: which is the chief, which callbacks run where, what to say when one is lost."""
 
-import collections
-import hashlib
 import json
 from typing import Any
 
@@ -12,7 +10,7 @@ import tensorflow as tf
 from keras_mp import backend, distribution, hardware, policy
 from keras_mp.errors import DistributionError
 
-__all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several", "require_one_policy"]
+__all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several", "require_alike"]
 
 # They write files that all workers would write at once.
 _WRITERS = (
@@ -86,43 +84,67 @@ def explain_loss(error: tf.errors.OpError, strategy: tf.distribute.Strategy) -> 
     )
 
 
-def require_one_policy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
-    """Refuses to train a model that has other dtype policies on other workers, whose gradients would not add up.
+def require_alike(model: keras.Model, strategy: tf.distribute.Strategy, scaling: str) -> None:
+    """Refuses to train a model that computes, or scales its loss, otherwise on other workers: gradients do not add up.
 
     All workers have to call it. One alone passes.
 
     Args:
-        model: with all its layers.
+        model: with all its layers. Their names may differ, for Keras numbers them in each process.
         strategy: the one that it is trained under.
+        scaling: how its loss is scaled, in words.
 
     Raises:
         DistributionError: on every worker, with what each of them has.
     """
     if not is_one_of_several(strategy):
         return
-    layers = [
-        (path, layer.compute_dtype, layer.variable_dtype) for path, layer in backend.layers_by_path(model).items()
-    ]
-    counts = collections.Counter(layer.dtype_policy.name for layer in backend.layers_by_path(model).values())
-    summary = ", ".join(f"{count} x {name}" for name, count in counts.most_common(3))
-    digest = hashlib.sha256(json.dumps(layers).encode()).digest()[:8]
-    row = np.frombuffer(digest + summary.encode()[:120].ljust(120), np.uint8).astype("int32")
-    spec = strategy.cluster_resolver.cluster_spec().as_dict()
-    names = [f"{job} {index}" for job in ("chief", "worker") for index in range(len(spec.get(job, ())))]
-    resolver = strategy.cluster_resolver
-    rows = np.zeros((len(names), len(row)), "int32")
-    rows[names.index(f"{resolver.task_type} {resolver.task_id}")] = row
-    (found,) = _summed(strategy, [tf.constant(rows)], True)
-    found = found.numpy().astype(np.uint8)
-    if len({each[:8].tobytes() for each in found}) == 1:
+    layers = [layer for layer, _ in backend.paths_of_layers(model)]
+    here = [[layer.dtype_policy.name, layer.compute_dtype, layer.variable_dtype] for layer in layers]
+    everywhere = {worker: json.loads(text) for worker, text in _texts(strategy, json.dumps([scaling, here])).items()}
+    scalings = {worker: each for worker, (each, _) in everywhere.items()}
+    policies = {worker: each for worker, (_, each) in everywhere.items()}
+    counts = {worker: f"{len(each)} layers" for worker, each in policies.items()}
+    if _differ(counts):
+        what, has = f"The model {model.name!r} is not the same on all workers", counts
+    elif _differ(policies):
+        places = [place for place in range(len(layers)) if _differ({w: each[place] for w, each in policies.items()})]
+        # A model and its inputs only hand on, and have the policy of what the user looks for.
+        computing = [place for place in places if layers[place].weights and not backend.inner_layers(layers[place])]
+        place = (computing or places)[0]
+        layer = layers[place]
+        has = {worker: each[place][0] for worker, each in policies.items()}
+        what = f"The workers have other dtype policies for {layer.name!r} ({type(layer).__name__})"
+    elif _differ(scalings):
+        has, what = scalings, f"The workers differ in the loss scaling of {model.name!r}"
+    else:
         return
-    has = "; ".join(f"{name}: {each[8:].tobytes().decode().strip()}" for name, each in zip(names, found, strict=True))
     raise DistributionError(
-        f"The layers of {model.name!r} have other dtype policies on other workers, so that their gradients cannot be "
-        f"added up. {has}. Make the model under one policy on all of them: type "
-        'keras_mp.set_policy("mixed_bfloat16") before it, or set_policy("auto") in the scope of the strategy, which '
-        "takes the chief's answer."
+        f"{what}: {'; '.join(f'{worker} has {each}' for worker, each in has.items())}. Their gradients cannot be added "
+        'up. Make and compile the model alike on all of them: type keras_mp.set_policy("mixed_bfloat16") before it, or '
+        'set_policy("auto") in the scope of the strategy, which takes the chief\'s answer.'
     )
+
+
+def _differ(by_worker: dict[str, Any]) -> bool:
+    first, *others = by_worker.values()
+    return any(each != first for each in others)
+
+
+def _texts(strategy: tf.distribute.Strategy, text: str) -> dict[str, str]:
+    """What each worker gives, by its name; all workers have to call it."""
+    resolver = strategy.cluster_resolver
+    spec = resolver.cluster_spec().as_dict()
+    names = [f"{job} {index}" for job in ("chief", "worker") for index in range(len(spec.get(job, ())))]
+    row = names.index(f"{resolver.task_type} {resolver.task_id}")
+    content = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.zeros(len(names), "int32")
+    lengths[row] = len(content)
+    (lengths,) = (each.numpy() for each in _summed(strategy, [tf.constant(lengths)], True))
+    table = np.zeros((len(names), lengths.max()), "int32")
+    table[row, : len(content)] = content
+    (table,) = (each.numpy().astype(np.uint8) for each in _summed(strategy, [tf.constant(table)], True))
+    return {name: line[:length].tobytes().decode() for name, line, length in zip(names, table, lengths, strict=True)}
 
 
 _POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")

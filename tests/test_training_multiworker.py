@@ -152,5 +152,23 @@ def test_workers_take_the_chiefs_policy_and_tell_of_different_ones(tmp_path):
     assert (chief["recommended"], other["recommended"]) == ("mixed_bfloat16", "float32")
     assert chief["chosen"] == other["chosen"] == "mixed_bfloat16"
     assert chief["said"] == other["said"]
-    assert "worker 0: 3 x mixed_bfloat16" in chief["said"]
-    assert "worker 1: 3 x mixed_float16" in chief["said"]
+    assert "'dense' (Dense): worker 0 has mixed_bfloat16; worker 1 has mixed_float16" in chief["said"]
+
+
+UNLIKE = {
+    # Names that Keras numbers say nothing of a policy.
+    "names": [],
+    "order": ["'dense' (Dense): worker 0 has float32; worker 1 has mixed_bfloat16"],
+    "later": ["'dense' (Dense): worker 0 has float32; worker 1 has mixed_bfloat16"],
+    "scaling": ["loss scaling", "worker 0 has none", "worker 1 has LossScaleOptimizer, reduce_dtype='float32'"],
+    "reduction": ["worker 0 has LossScaleOptimizer, reduce_dtype='float32'", "reduce_dtype='bfloat16'"],
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_workers_tell_what_is_unlike(case, tmp_path):
+    one, other = run(2, tmp_path, case, program=[*PROGRAM[:-1], "tests.multiworker_alike_program"])
+    assert one == other
+    assert bool(one) == bool(UNLIKE[case])
+    for words in UNLIKE[case]:
+        assert words in one
