@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from keras_mp import backend  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
+from keras_mp._compat import execution, keras_models  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
 
 import keras
 import tensorflow as tf
@@ -89,7 +89,7 @@ def layer_steps() -> Steps:
     def make(workload: layers.Workload, ours: bool, policy: str) -> Callable[[], Any]:
         what = layers.find(workload, ours)
         # Between two layers of the chain is but a product, where a network has what XLA would not compute twice.
-        between = backend.optimization_barrier
+        between = execution.optimization_barrier
         return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=between)
 
     return {workload.name: _cases(functools.partial(make, workload)) for workload in layers.WORKLOADS}
@@ -126,7 +126,7 @@ def whole_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
     Returns:
         A function that trains on this batch and answers the metrics.
     """
-    backend.build(model, batch)
+    keras_models.build(model, batch)
     model.optimizer.build(model.trainable_variables)
     # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
     data = keras.tree.map_structure(lambda value: tf.Variable(value, trainable=False), batch)

@@ -22,8 +22,8 @@ from rich.table import Table
 from tensorflow.core.protobuf import saved_model_pb2
 
 from keras_mp.errors import KerasMPWarning
-from keras_mp.export.sample import read_sample
-from keras_mp.export.verification import Answer, run_alone
+from keras_mp.exporting.sample import read_sample
+from keras_mp.exporting.verification import Answer, run_alone
 
 VARIANTS = [("float32", "float32"), ("float32", "half"), ("mixed", "float32"), ("mixed", "half")]
 

@@ -27,8 +27,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from keras_mp import backend as _backend  # noqa: F401  isort: skip  (first: TensorFlow's banner stays off the screen)
-
 from keras_mp.errors import ArgumentError
 
 # tensorflow-datasets needs importlib_resources to prepare a dataset and does not ask for it on Python 3.9 and later.

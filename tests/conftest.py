@@ -8,7 +8,9 @@ import os
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from keras_mp import backend, hardware  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
+from keras_mp._compat import runtime, tf_replicas
+
+from keras_mp import hardware  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
 
 import keras
 import pytest
@@ -23,7 +25,7 @@ tf.config.set_logical_device_configuration(
 @functools.cache
 def _mirrored(replicas):
     # One strategy over the same devices serves all tests.
-    return backend.mirrored_strategy([f"CPU:{index}" for index in range(replicas)])
+    return tf_replicas.mirrored_strategy([f"CPU:{index}" for index in range(replicas)])
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,7 @@ def mirrored():
     return _mirrored
 
 
-_POLICY, _REMAPPER = keras.config.dtype_policy(), backend.remapper_enabled()
+_POLICY, _REMAPPER = keras.config.dtype_policy(), runtime.remapper_enabled()
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +51,11 @@ def _isolated_global_state():
 
 def _restore():
     keras.config.set_dtype_policy(_POLICY)
-    backend.set_remapper(_REMAPPER)
+    runtime.set_remapper(_REMAPPER)
 
 
 def pytest_configure(config):
-    """Whether a policy gains something is the hardware's to say; tests/test_policy.py is about what is said of it."""
+    """Whether a policy gains something is the hardware's to say; test_policy.py is about what is said of it."""
     config.addinivalue_line("filterwarnings", "ignore:.*gains nothing on this:keras_mp.errors.KerasMPWarning")
 
 

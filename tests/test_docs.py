@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_mp.launch import launch
+from keras_mp.distribution.launch import launch
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "distribution.md").read_text()
@@ -82,7 +82,7 @@ def test_workers_share_files_and_elements(tmp_path):
 
 
 def test_the_example_of_tf_config_is_one():
-    from keras_mp import cluster
+    from keras_mp.distribution import cluster
 
     text = re.search(r"TF_CONFIG='(.*?)'", PAGE).group(1)
     assert cluster.from_environment({"TF_CONFIG": text}).own_address == "10.0.0.2:12345"

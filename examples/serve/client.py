@@ -111,7 +111,7 @@ def main(
     grpc: Annotated[str | None, typer.Option(help="Host and port of the gRPC interface.")] = None,
 ) -> None:
     """Send the rows that an export keeps to a server, and compare its answers with those that the export keeps."""
-    from keras_mp.export.sample import read_sample
+    from keras_mp.exporting.sample import read_sample
 
     inputs, answers = read_sample(version)
     name = version.resolve().parent.name

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from examples.serve.client import ask_rest
 from examples.serve.double import Double
-from keras_mp.export.sample import read_sample
+from keras_mp.exporting.sample import read_sample
 
 __all__ = ["load"]
 

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import fusion
 from keras_mp.activations.symbolic import Symbolic
+from keras_mp.ops import fusion
 
 __all__ = ["gelu", "hard_silu", "mish", "silu"]
 

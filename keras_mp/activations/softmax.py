@@ -6,8 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import backend, fusion
+from keras_mp._compat import keras_layers
 from keras_mp.activations.symbolic import Symbolic
+from keras_mp.ops import fusion
 
 __all__ = ["log_softmax", "softmax", "softmax_in_one_pass", "softmax_of_unknown_rank"]
 
@@ -168,4 +169,4 @@ def softmax_in_one_pass(x: Any, axes: tuple[int, ...] | None) -> Any:
         Probabilities of the shape and dtype of `x`, with the logits attached where Keras's losses look for them.
     """
     by_kernel = x.dtype == tf.float32 and x.shape.rank is not None and axes is not None and len(axes) == 1
-    return backend.with_logits((_softmax_of_float32 if by_kernel else _softmax_operation)(x, axes=axes), x)
+    return keras_layers.with_logits((_softmax_of_float32 if by_kernel else _softmax_operation)(x, axes=axes), x)

@@ -1,14 +1,14 @@
 """Keras layers that compute in float32 what 16 bits cannot hold."""
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
-from keras_mp.layers.average import Average
-from keras_mp.layers.batch_normalization import BatchNormalization
-from keras_mp.layers.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
-from keras_mp.layers.convolution import Conv1D, Conv2D, Conv3D
-from keras_mp.layers.dense import Dense, EinsumDense
-from keras_mp.layers.depthwise import DepthwiseConv1D, DepthwiseConv2D
-from keras_mp.layers.dot import Dot
-from keras_mp.layers.dropout import (
+from keras_mp.layers.conv.convolution import Conv1D, Conv2D, Conv3D
+from keras_mp.layers.conv.depthwise import DepthwiseConv1D, DepthwiseConv2D
+from keras_mp.layers.conv.separable import SeparableConv1D, SeparableConv2D
+from keras_mp.layers.conv.transposed import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
+from keras_mp.layers.core.average import Average
+from keras_mp.layers.core.dense import Dense, EinsumDense
+from keras_mp.layers.core.dot import Dot
+from keras_mp.layers.core.dropout import (
     AlphaDropout,
     Dropout,
     GaussianDropout,
@@ -17,14 +17,21 @@ from keras_mp.layers.dropout import (
     SpatialDropout2D,
     SpatialDropout3D,
 )
-from keras_mp.layers.embedding import Embedding
-from keras_mp.layers.feature_normalization import Normalization
-from keras_mp.layers.float32 import Float32
-from keras_mp.layers.head import Head
-from keras_mp.layers.masking import Masking
-from keras_mp.layers.max_pooling import MaxPooling1D, MaxPooling2D, MaxPooling3D
-from keras_mp.layers.normalization import GroupNormalization, LayerNormalization, RMSNormalization
-from keras_mp.layers.pooling import (
+from keras_mp.layers.core.embedding import Embedding
+from keras_mp.layers.core.float32 import Float32
+from keras_mp.layers.core.head import Head
+from keras_mp.layers.core.masking import Masking
+from keras_mp.layers.core.prelu import PReLU
+from keras_mp.layers.core.repeating import RepeatVector, UpSampling1D, UpSampling3D
+from keras_mp.layers.core.reversible_embedding import ReversibleEmbedding
+from keras_mp.layers.core.variables import taking_variables as _taking_variables
+from keras_mp.layers.normalization.batch_normalization import BatchNormalization
+from keras_mp.layers.normalization.feature_normalization import Normalization
+from keras_mp.layers.normalization.normalization import GroupNormalization, LayerNormalization, RMSNormalization
+from keras_mp.layers.normalization.spectral_normalization import SpectralNormalization
+from keras_mp.layers.normalization.unit_normalization import UnitNormalization
+from keras_mp.layers.pooling.max_pooling import MaxPooling1D, MaxPooling2D, MaxPooling3D
+from keras_mp.layers.pooling.pooling import (
     AveragePooling1D,
     AveragePooling2D,
     AveragePooling3D,
@@ -32,8 +39,8 @@ from keras_mp.layers.pooling import (
     GlobalAveragePooling2D,
     GlobalAveragePooling3D,
 )
-from keras_mp.layers.prelu import PReLU
-from keras_mp.layers.recurrent import (
+from keras_mp.layers.recurrent.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
+from keras_mp.layers.recurrent.recurrent import (
     GRU,
     LSTM,
     RNN,
@@ -43,15 +50,8 @@ from keras_mp.layers.recurrent import (
     SimpleRNNCell,
     StackedRNNCells,
 )
-from keras_mp.layers.repeating import RepeatVector, UpSampling1D, UpSampling3D
 from keras_mp.layers.resizing import Resizing, UpSampling2D
-from keras_mp.layers.reversible_embedding import ReversibleEmbedding
-from keras_mp.layers.separable import SeparableConv1D, SeparableConv2D
 from keras_mp.layers.softmax import Softmax
-from keras_mp.layers.spectral_normalization import SpectralNormalization
-from keras_mp.layers.transposed import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
-from keras_mp.layers.unit_normalization import UnitNormalization
-from keras_mp.layers.variables import taking_variables as _taking_variables
 
 __all__ = [
     "GRU",

@@ -7,12 +7,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import backend, fusion
+from keras_mp._compat import keras_layers
 from keras_mp.errors import ArgumentError
-from keras_mp.layers.dense import EinsumDense
-from keras_mp.layers.dot_product import Masks, attend, attend_with_scores, wide_dtype
-from keras_mp.layers.dropout import dropped
+from keras_mp.layers.core.dense import EinsumDense
+from keras_mp.layers.core.dropout import dropped
 from keras_mp.layers.softmax import Softmax
+from keras_mp.ops import fusion
+from keras_mp.ops.attention.dot_product import Masks, attend, attend_with_scores, wide_dtype
 
 __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"]
 
@@ -293,7 +294,7 @@ def _require_steps(layer: keras.Layer, query_shape: Any, value_shape: Any) -> No
 
 def _project_by_matrices(layer: keras.Layer) -> None:
     """Lets the projections, which Keras makes itself and gives no way to choose, compute as `EinsumDense` here."""
-    for projection in backend.inner_layers(layer):
+    for projection in keras_layers.inner_layers(layer):
         if type(projection) is keras.layers.EinsumDense:
             projection.__class__ = EinsumDense
 

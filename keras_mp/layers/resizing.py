@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp import backend, fusion
+from keras_mp._compat import execution
 from keras_mp.errors import ArgumentError
-from keras_mp.layers import windows
+from keras_mp.ops import fusion, windows
 
 __all__ = ["Resizing", "UpSampling2D", "repeat"]
 
@@ -262,9 +262,9 @@ def _resize(x: Any, size: tuple[Any, ...], method: str, antialias: bool, output_
     lengths = shape[1:3]
     # The kernels are quicker than matrix products, but answer in float32 at most, and XLA compiles few of them.
     # And few of their gradients have gradients, as forward derivatives ask for.
-    differentiated = backend.forward_mode(x)
-    products = backend.in_xla_context() or (wide == "float64" and not nearest) or differentiated
-    if backend.in_xla_context() and not all(isinstance(length, int) for length in (*lengths, *size)):
+    differentiated = execution.forward_mode(x)
+    products = execution.in_xla_context() or (wide == "float64" and not nearest) or differentiated
+    if execution.in_xla_context() and not all(isinstance(length, int) for length in (*lengths, *size)):
         raise ArgumentError(
             f"XLA cannot interpolate images whose height or width is not static. Received: shape {x.shape}. Give the "
             "input a static size, type jit_compile=False, or resize in dataset.map."

@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import activations, fusion
+from keras_mp import activations
 from keras_mp.activations.softmax import softmax_of_unknown_rank
 from keras_mp.errors import ArgumentError
+from keras_mp.ops import fusion
 
 __all__ = ["Softmax"]
 

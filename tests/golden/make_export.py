@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 import keras_mp
-from keras_mp import backend
+from keras_mp._compat import runtime
 
 FOLDER = pathlib.Path(__file__).parent / "export"
 ROWS = {"image": np.arange(2 * 64, dtype="float32").reshape(2, 8, 8, 1) / 64, "kind": np.array([[1], [3]], "int32")}
@@ -18,7 +18,7 @@ ROWS = {"image": np.arange(2 * 64, dtype="float32").reshape(2, 8, 8, 1) / 64, "k
 def main() -> None:
     """Exports a model of two inputs and two outputs, trained in bfloat16, with half-size weights."""
     keras.utils.set_random_seed(7)
-    backend.set_remapper(False)
+    runtime.set_remapper(False)
     policy = keras.DTypePolicy("mixed_bfloat16")
     image, kind = keras.Input((8, 8, 1), name="image"), keras.Input((1,), dtype="int32", name="kind")
     h = keras_mp.layers.BatchNormalization(dtype=policy)(keras.layers.Conv2D(4, 3, dtype=policy)(image))

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 import keras_mp
-from keras_mp import backend
+from keras_mp._compat import runtime
 
 FOLDER = pathlib.Path(__file__).parent / "files"
 X = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
@@ -80,7 +80,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     keras.utils.set_random_seed(7)
-    backend.set_remapper(False)
+    runtime.set_remapper(False)
     for name in MODELS:
         model = converted(name)
         model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.Adam(0.01)), "mse", jit_compile=False)

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.errors import ArgumentError
-from keras_mp.layers import dot_product
-from tests.layers.contract import Case, assert_close, check_contract, checked, gradients_of
+from keras_mp.ops.attention import dot_product
+from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients_of
 
 SHAPES = [(4, 6, 8), (4, 5, 8)]
 LISTED = [(4, 6, 8), (4, 5, 8), (4, 5, 8)]

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.layers.contract import Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "lanczos3", "lanczos5", "area"]
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.layers.contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.contract.layer_contract import POLICIES, Case, assert_close, check_contract, gradients
 
 MASK = np.array([[True, False, True, True, False]])
 CASES = {

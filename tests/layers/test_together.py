@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.layers.contract import assert_close
+from tests.contract.layer_contract import assert_close
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float64"])

@@ -1,0 +1,54 @@
+"""Keras optimizers: the variables and keys that they know."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+__all__ = [
+    "built_already",
+    "renumber",
+    "trained_by",
+]
+
+
+def renumber(
+    optimizer: keras.optimizers.Optimizer,
+    copy: keras.optimizers.Optimizer,
+    originals: Iterable[keras.Variable],
+    copy_of: Callable[[Any], Any],
+) -> None:
+    """Has a copy of an optimizer know the copies of variables by their own keys, in the strategy that it is made in.
+
+    Args:
+        optimizer: the original.
+        copy: its copy, that knows variables by the keys of the originals.
+        originals: variables, among them those that the optimizer was told to leave out of weight decay.
+        copy_of: from a variable to its copy.
+    """
+    copy._distribution_strategy = tf.distribute.get_strategy()
+    keys = {optimizer._var_key(variable): copy._var_key(copy_of(variable)) for variable in originals}
+    # Variables that the model no longer has are known as well, by keys that no other variable gets.
+    copy._trainable_variables_indices = {
+        keys.get(key, key): index for key, index in optimizer._trainable_variables_indices.items()
+    }
+    if hasattr(optimizer, "_exclude_from_weight_decay"):
+        copy._exclude_from_weight_decay = {keys[key] for key in optimizer._exclude_from_weight_decay if key in keys}
+        copy._exclude_from_weight_decay_cache = {}
+
+
+@contextlib.contextmanager
+def built_already(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Inside, `build` of an optimizer does nothing: not all of Keras's ask whether they are built."""
+    vars(optimizer)["build"] = lambda variables: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["build"]
+
+
+def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built on."""
+    return list(optimizer._trainable_variables)

@@ -1,0 +1,107 @@
+"""Strategies and replicas of `tf.distribute`, where its public names stop."""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+
+import keras
+import tensorflow as tf
+
+# `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
+from tensorflow.python.distribute import distribute_lib as _distribute_lib
+
+__all__ = [
+    "is_default_strategy",
+    "mirrored_strategy",
+    "one_device",
+    "strategy_of",
+    "without_all_reduce",
+]
+
+# TensorFlow numbers the collective operations of each strategy from the same start, so that those of two strategies in
+# one process, as a notebook has whose cells are run again, are taken for one another: they fail, or wait for ever. Its
+# own tests give each a start of its own by this attribute, which has no public name.
+_collective_key_bases = itertools.count(1_000_000, 1_000_000)
+
+
+def mirrored_strategy(devices: list[str]) -> tf.distribute.MirroredStrategy:
+    """A `tf.distribute.MirroredStrategy` beside which the process may have others.
+
+    Args:
+        devices: their names.
+    """
+    members = {"_collective_key_base": next(_collective_key_bases), "__module__": __name__}
+    return type("MirroredStrategy", (tf.distribute.MirroredStrategy,), members)(devices)
+
+
+@contextlib.contextmanager
+def one_device(
+    index: int, variables: Iterable[keras.Variable], optimizers: Iterable[keras.optimizers.Optimizer]
+) -> Iterator[None]:
+    """Inside, the program is one without a strategy: each variable is its copy on one device.
+
+    Keras's optimizers reduce gradients and update all devices' copies by themselves, in a way that allows neither a
+    condition around it nor XLA. What runs in here is free of both limits, and has to be run for every device.
+
+    Args:
+        index: which of the process's devices.
+        variables: what the program reads and writes. Variables without copies stay as they are.
+        optimizers: those that update them.
+    """
+    whole = {id(variable): (variable, variable._value) for variable in variables}
+    strategies = [(optimizer, optimizer._distribution_strategy) for optimizer in optimizers]
+    try:
+        for variable, value in whole.values():
+            if isinstance(value, tf.distribute.DistributedValues):
+                variable._value = value.values[index]
+        with _without_strategy():
+            for optimizer, _ in strategies:
+                optimizer._distribution_strategy = tf.distribute.get_strategy()
+            yield
+    finally:
+        for variable, value in whole.values():
+            variable._value = value
+        for optimizer, strategy in strategies:
+            optimizer._distribution_strategy = strategy
+
+
+@contextlib.contextmanager
+def without_all_reduce(optimizers: Iterable[keras.optimizers.Optimizer]) -> Iterator[None]:
+    """Inside, these optimizers take their gradients for sums over replicas already.
+
+    Args:
+        optimizers: those whose `apply` is called inside.
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        optimizer._all_reduce_sum_gradients = list
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer._all_reduce_sum_gradients
+
+
+@contextlib.contextmanager
+def _without_strategy() -> Iterator[None]:
+    _distribute_lib._push_per_thread_mode(_distribute_lib._get_default_replica_mode())
+    try:
+        yield
+    finally:
+        _distribute_lib._pop_per_thread_mode()
+
+
+def strategy_of(made: "keras.Model | keras.optimizers.Optimizer") -> tf.distribute.Strategy | None:
+    """The strategy in whose scope a model or an optimizer was made; None for none.
+
+    Of an optimizer Keras does not tell, and of a model only what is in force now if that was made in no scope.
+    """
+    if isinstance(made, keras.Model):
+        return made._distribute_strategy
+    strategy = made._distribution_strategy
+    return strategy if isinstance(strategy, tf.distribute.Strategy) and not is_default_strategy(strategy) else None
+
+
+def is_default_strategy(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy is the one that is in force where there is none, which has no public name."""
+    return isinstance(strategy, _distribute_lib._DefaultDistributionStrategy)

@@ -1,0 +1,1 @@
+"""Models under another dtype policy, and the files that hold them."""

@@ -1,0 +1,1 @@
+"""Models for serving: SavedModels, TensorFlow Lite files and ONNX."""

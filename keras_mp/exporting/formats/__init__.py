@@ -1,0 +1,1 @@
+"""File formats of runtimes that read no SavedModel."""

@@ -1,0 +1,1 @@
+"""The loss-scale optimizer and the update of weights."""

@@ -1,0 +1,1 @@
+"""The dtype policy in force: named, mapped to layers, or chosen for the hardware."""

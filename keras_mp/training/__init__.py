@@ -1,0 +1,1 @@
+"""The training step, alone and on replicas."""
