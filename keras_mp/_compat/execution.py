@@ -1,5 +1,6 @@
 """Where the code that runs now is executed: by XLA, under a gradient tape, on a CPU, in forward mode."""
 
+import dataclasses
 import sys
 import types
 from typing import Any
@@ -24,12 +25,52 @@ from tensorflow.python.ops import control_flow_util as _control_flow_util
 from tensorflow.python.ops.parallel_for import control_flow_ops as _parallel_for
 
 __all__ = [
+    "Execution",
+    "current",
     "forward_mode",
     "in_xla_context",
     "on_cpu",
     "optimization_barrier",
     "recording",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Where a layer's call is executed. A layer asks `current` once in its call and passes the value on.
+
+    Attributes:
+        training: whether a gradient tape records what is computed, and takes the gradients that we define.
+        on_cpu: whether there is neither a GPU nor a TPU.
+        in_xla: whether XLA compiles the function that is being traced.
+        in_vectorized_map: whether `tf.vectorized_map` is tracing.
+        replicas: how many replicas run this in step; 1 outside a replica.
+    """
+
+    training: bool
+    on_cpu: bool
+    in_xla: bool
+    in_vectorized_map: bool
+    replicas: int
+
+
+def current() -> Execution:
+    """Returns where the code that runs now is executed.
+
+    Example:
+
+    >>> current().training
+    False
+    """
+    replica = tf.distribute.get_replica_context()
+    vectorized = _in_vectorized_map()
+    return Execution(
+        training=bool(_record.could_possibly_record()) and not vectorized,
+        on_cpu=on_cpu(),
+        in_xla=in_xla_context(),
+        in_vectorized_map=vectorized,
+        replicas=1 if replica is None else replica.num_replicas_in_sync,
+    )
 
 
 def in_xla_context() -> bool:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from typer.testing import CliRunner
 
 import keras_mp
-from keras_mp.cli.app import app
+from keras_mp.cli import app
 from keras_mp.hardware import Device, measure, recommend
 from keras_mp.hardware.matmul_timing import ProductTimes
 
