@@ -1,0 +1,53 @@
+"""Calls of layers and of graph operations whose outputs are passed through a function, and what these need."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# Keras calls layers in a scratch graph to learn shapes, and has no public name that tells so.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope as _in_symbolic_scope
+
+# `tf.Variable` asks the creators of a strategy, which make one variable for all replicas; this class asks none.
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable as _ResourceVariable
+
+__all__ = ["in_symbolic_call", "outputs_through", "plain_variable"]
+
+
+@contextlib.contextmanager
+def outputs_through(function: Callable[[keras.Operation, Any], Any]) -> Iterator[None]:
+    """Inside, in every thread, the outputs of each call of a layer or operation are replaced.
+
+    Replicas are traced in threads of their own, so that the change is one for the process. Code that is traced inside
+    keeps what was put in; code that was traced before has nothing of it.
+
+    Args:
+        function: gets the layer or operation and its outputs, and returns what takes their place.
+    """
+    call = keras.Operation.__call__
+
+    def call_through(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, call(self, *args, **kwargs))
+
+    keras.Operation.__call__ = call_through
+    try:
+        yield
+    finally:
+        keras.Operation.__call__ = call
+
+
+def plain_variable(value: Any) -> tf.Variable:
+    """A variable on the current device, also in the scope of a strategy, whose creators make one for all replicas.
+
+    Args:
+        value: what it begins with.
+    """
+    with tf.init_scope():
+        return _ResourceVariable(tf.convert_to_tensor(value), trainable=False)
+
+
+def in_symbolic_call() -> bool:
+    """Whether Keras calls layers only to learn the shapes and dtypes of their outputs."""
+    return bool(_in_symbolic_scope())

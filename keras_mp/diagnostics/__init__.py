@@ -1,0 +1,1 @@
+"""Tools that show what half precision does to a model. They read and never change a number."""

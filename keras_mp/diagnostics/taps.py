@@ -1,0 +1,181 @@
+"""Statistics of the outputs of layers and of their gradients, taken inside a training step while it runs."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mp._compat import execution, keras_calls, keras_layers
+from keras_mp.diagnostics.statistics import LENGTH, Statistics, statistics
+
+__all__ = ["Tap", "Taps"]
+
+_COUNTS = LENGTH - 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """One tensor that statistics are kept of.
+
+    Attributes:
+        path: of the layer, its names from the model down, joined by "/".
+        what: "output" or "gradient", the latter that of the loss to the output.
+        number: which of the layer's outputs, counted from 0.
+        dtype: of the tensor.
+        shape: of the tensor, with None for axes of unknown size.
+    """
+
+    path: str
+    what: str
+    number: int
+    dtype: str
+    shape: tuple[int | None, ...] | None
+
+
+class _Slot:
+    """Where one replica adds up the statistics of one tensor."""
+
+    def __init__(self) -> None:
+        self.counts = keras_calls.plain_variable(np.zeros(_COUNTS, np.int64))
+        self.largest, self.smallest, self.squares = map(keras_calls.plain_variable, (0.0, np.float32(np.inf), 0.0))
+
+    def add(self, x: tf.Tensor, in_xla: bool) -> None:
+        counts, values = statistics(x, in_xla)
+        self.counts.assign_add(tf.cast(counts, tf.int64))
+        self.largest.assign(tf.maximum(self.largest, values[0]))
+        self.smallest.assign(tf.minimum(self.smallest, values[1]))
+        self.squares.assign_add(values[2])
+
+    def read(self) -> Statistics:
+        counts, *values = (each.numpy() for each in (self.counts, self.largest, self.smallest, self.squares))
+        return Statistics(counts, *map(float, values))
+
+    def reset(self) -> None:
+        self.counts.assign(tf.zeros_like(self.counts))
+        self.largest.assign(0.0)
+        self.smallest.assign(np.inf)
+        self.squares.assign(0.0)
+
+
+class Taps:
+    """Keeps statistics of the outputs of a model's layers, and of the gradients of the loss to them.
+
+    Whatever is traced under `active` adds to the statistics each time that it runs: eagerly, in a graph, compiled by
+    XLA, in loops and on replicas. No number of the model changes. A layer that is called several times, and a layer
+    that is recomputed in the backward pass, adds as often.
+
+    Args:
+        model: a built model.
+        gradients: whether to keep statistics of gradients.
+        layers: pattern of layer paths, as for `re.search`, or None for all.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="hidden")], name="net")
+    >>> taps = Taps(model)
+    >>> with taps.active():
+    ...     y = model(tf.ones((4, 2)))
+    >>> [(tap.path, tap.what, found.size) for tap, found in taps.read().items()]
+    [('net/hidden', 'output', 12), ('net', 'output', 12)]
+    """
+
+    def __init__(self, model: keras.Model, *, gradients: bool = True, layers: str | None = None) -> None:
+        paths = _paths(model)
+        self._paths = {key: path for key, path in paths.items() if layers is None or re.search(layers, path)}
+        self._gradients = gradients
+        self._slots: dict[Tap, dict[int, _Slot]] = {}
+        self._kept = model  # so that no `id` of a layer becomes that of another
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, calls of the model's layers are followed, and so is what is traced of them for later."""
+        with keras_calls.outputs_through(self._follow):
+            yield
+
+    def read(self) -> dict[Tap, Statistics]:
+        """Returns the statistics so far, in the order in which the layers were first called; replicas add up."""
+        return {tap: _sum(slot.read() for slot in slots.values()) for tap, slots in self._slots.items()}
+
+    def reset(self) -> None:
+        """Forgets the statistics so far."""
+        for slots in self._slots.values():
+            for slot in slots.values():
+                slot.reset()
+
+    def _follow(self, operation: keras.Operation, outputs: Any) -> Any:
+        path = self._paths.get(id(operation))
+        if path is None or keras_calls.in_symbolic_call():
+            return outputs
+        number = -1
+
+        def follow(y: Any) -> Any:
+            nonlocal number
+            number += 1
+            if not isinstance(y, tf.Tensor) or not y.dtype.is_floating:
+                return y
+            return self._follow_tensor(y, path, number)
+
+        return keras.tree.map_structure(follow, outputs)
+
+    def _follow_tensor(self, y: tf.Tensor, path: str, number: int) -> tf.Tensor:
+        in_xla = execution.in_xla_context()
+        shape = None if y.shape.rank is None else tuple(y.shape.as_list())
+        forward = self._slot(Tap(path, "output", number, y.dtype.name, shape))
+        forward.add(y, in_xla)
+        if not self._gradients:
+            return y
+
+        backward = self._slot(Tap(path, "gradient", number, y.dtype.name, shape))
+
+        @tf.custom_gradient
+        def with_gradient(y: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                backward.add(upstream, in_xla)
+                return upstream
+
+            return tf.identity(y), gradient
+
+        followed = with_gradient(y)
+        logits = keras_layers.logits_of(y)
+        followed = followed if logits is None else keras_layers.with_logits(followed, logits)
+        mask = keras_layers.mask_of(y)
+        return followed if mask is None else keras_layers.with_mask(followed, mask)
+
+    def _slot(self, tap: Tap) -> _Slot:
+        replica = tf.distribute.get_replica_context()
+        if replica is None or replica.num_replicas_in_sync == 1:
+            number, device = 0, None
+        else:
+            number, device = (
+                int(tf.get_static_value(replica.replica_id_in_sync_group)),
+                tf.nest.flatten(replica.devices)[0],
+            )
+        slots = self._slots.setdefault(tap, {})
+        if number not in slots:
+            # Each replica has variables of its own on its device: those of a strategy are one for all.
+            with tf.init_scope(), tf.device(device):
+                slots[number] = _Slot()
+        return slots[number]
+
+
+def _sum(found: Iterable[Statistics]) -> Statistics:
+    first, *others = found
+    for each in others:
+        first = first + each
+    return first
+
+
+def _paths(model: keras.Model) -> dict[int, str]:
+    """The path of each layer by its `id`, and of each operation of a graph, by its name below that of its model."""
+    paths: dict[int, str] = {}
+    for layer, path in keras_layers.paths_of_layers(model):
+        paths.setdefault(id(layer), path)
+        for operation in getattr(layer, "operations", ()):
+            if not isinstance(operation, keras.Layer):
+                paths.setdefault(id(operation), f"{path}/{operation.name}")
+    return paths
