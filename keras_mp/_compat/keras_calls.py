@@ -1,4 +1,4 @@
-"""Calls of layers and of graph operations whose outputs are passed through a function, and what these need."""
+"""Calls of layers and of graph operations whose inputs and outputs pass through functions, and what these need."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,23 +13,27 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope as _in_sym
 # `tf.Variable` asks the creators of a strategy, which make one variable for all replicas; this class asks none.
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable as _ResourceVariable
 
-__all__ = ["in_symbolic_call", "outputs_through", "plain_variable"]
+__all__ = ["calls_through", "in_symbolic_call", "plain_variable"]
 
 
 @contextlib.contextmanager
-def outputs_through(function: Callable[[keras.Operation, Any], Any]) -> Iterator[None]:
-    """Inside, in every thread, the outputs of each call of a layer or operation are replaced.
+def calls_through(
+    before: Callable[[keras.Operation, Any], Any], after: Callable[[keras.Operation, Any], Any]
+) -> Iterator[None]:
+    """Inside, in every thread, the inputs and outputs of each call of a layer or operation are replaced.
 
-    Replicas are traced in threads of their own, so that the change is one for the process. Code that is traced inside
-    keeps what was put in; code that was traced before has nothing of it.
+    Replicas are traced in threads of their own, so the change is one for the process. Code that is traced inside keeps
+    what was put in; code that was traced before has nothing of it.
 
     Args:
-        function: gets the layer or operation and its outputs, and returns what takes their place.
+        before: gets the layer or operation and its arguments `(args, kwargs)`, and returns others.
+        after: gets the layer or operation and its outputs, and returns others.
     """
     call = keras.Operation.__call__
 
     def call_through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(self, call(self, *args, **kwargs))
+        args, kwargs = before(self, (args, kwargs))
+        return after(self, call(self, *args, **kwargs))
 
     keras.Operation.__call__ = call_through
     try:
@@ -39,7 +43,7 @@ def outputs_through(function: Callable[[keras.Operation, Any], Any]) -> Iterator
 
 
 def plain_variable(value: Any) -> tf.Variable:
-    """A variable on the current device, also in the scope of a strategy, whose creators make one for all replicas.
+    """Returns a variable on the current device, also in a strategy's scope, where `tf.Variable` makes one for all.
 
     Args:
         value: what it begins with.

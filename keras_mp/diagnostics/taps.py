@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -24,8 +24,8 @@ class Tap:
 
     Attributes:
         path: of the layer, its names from the model down, joined by "/".
-        what: "output" or "gradient", the latter that of the loss to the output.
-        number: which of the layer's outputs, counted from 0.
+        what: "output", "gradient" (of the loss to the output) or "input gradient" (of the loss to an input).
+        number: which of the layer's outputs or inputs, counted from 0.
         dtype: of the tensor.
         shape: of the tensor, with None for axes of unknown size.
     """
@@ -71,8 +71,9 @@ class Taps:
 
     Args:
         model: a built model.
-        gradients: whether to keep statistics of gradients.
+        what: which of "output", "gradient" and "input gradient" to keep statistics of.
         layers: pattern of layer paths, as for `re.search`, or None for all.
+        see: a function that gets each `Tap` and the tensor when it is computed, or None. Without XLA only.
 
     Example:
 
@@ -80,25 +81,32 @@ class Taps:
     >>> taps = Taps(model)
     >>> with taps.active():
     ...     y = model(tf.ones((4, 2)))
-    >>> [(tap.path, tap.what, found.size) for tap, found in taps.read().items()]
+    >>> [(tap.path, tap.what, found.size) for tap, found in taps.read().items() if found.size]
     [('net/hidden', 'output', 12), ('net', 'output', 12)]
     """
 
-    def __init__(self, model: keras.Model, *, gradients: bool = True, layers: str | None = None) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        what: Sequence[str] = ("output", "gradient"),
+        layers: str | None = None,
+        see: Callable[[Tap, np.ndarray], None] | None = None,
+    ) -> None:
         paths = _paths(model)
         self._paths = {key: path for key, path in paths.items() if layers is None or re.search(layers, path)}
-        self._gradients = gradients
+        self._what, self._see = frozenset(what), see
         self._slots: dict[Tap, dict[int, _Slot]] = {}
         self._kept = model  # so that no `id` of a layer becomes that of another
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, calls of the model's layers are followed, and so is what is traced of them for later."""
-        with keras_calls.outputs_through(self._follow):
+        with keras_calls.calls_through(self._before, self._after):
             yield
 
     def read(self) -> dict[Tap, Statistics]:
-        """Returns the statistics so far, in the order in which the layers were first called; replicas add up."""
+        """Returns the statistics so far, in the order in which the layers' calls ended; replicas add up."""
         return {tap: _sum(slot.read() for slot in slots.values()) for tap, slots in self._slots.items()}
 
     def reset(self) -> None:
@@ -107,10 +115,19 @@ class Taps:
             for slot in slots.values():
                 slot.reset()
 
-    def _follow(self, operation: keras.Operation, outputs: Any) -> Any:
+    def _before(self, operation: keras.Operation, arguments: Any) -> Any:
+        if "input gradient" not in self._what:
+            return arguments
+        return self._follow(operation, arguments, None, "input gradient")
+
+    def _after(self, operation: keras.Operation, outputs: Any) -> Any:
+        backward = "gradient" if "gradient" in self._what else None
+        return self._follow(operation, outputs, "output" if "output" in self._what else None, backward)
+
+    def _follow(self, operation: keras.Operation, values: Any, forward: str | None, backward: str | None) -> Any:
         path = self._paths.get(id(operation))
         if path is None or keras_calls.in_symbolic_call():
-            return outputs
+            return values
         number = -1
 
         def follow(y: Any) -> Any:
@@ -118,43 +135,53 @@ class Taps:
             number += 1
             if not isinstance(y, tf.Tensor) or not y.dtype.is_floating:
                 return y
-            return self._follow_tensor(y, path, number)
+            return self._follow_tensor(y, path, number, forward, backward)
 
-        return keras.tree.map_structure(follow, outputs)
+        return keras.tree.map_structure(follow, values)
 
-    def _follow_tensor(self, y: tf.Tensor, path: str, number: int) -> tf.Tensor:
+    def _follow_tensor(
+        self, y: tf.Tensor, path: str, number: int, forward: str | None, backward: str | None
+    ) -> tf.Tensor:
         in_xla = execution.in_xla_context()
         shape = None if y.shape.rank is None else tuple(y.shape.as_list())
-        forward = self._slot(Tap(path, "output", number, y.dtype.name, shape))
-        forward.add(y, in_xla)
-        if not self._gradients:
+        if forward:
+            self._add(Tap(path, forward, number, y.dtype.name, shape), y, in_xla)
+        if not backward:
             return y
-
-        backward = self._slot(Tap(path, "gradient", number, y.dtype.name, shape))
+        tap = Tap(path, backward, number, y.dtype.name, shape)
+        self._slot(tap)  # in the order of the forward pass
 
         @tf.custom_gradient
         def with_gradient(y: tf.Tensor) -> Any:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
-                backward.add(upstream, in_xla)
+                self._add(tap, upstream, in_xla)
                 return upstream
 
             return tf.identity(y), gradient
 
         followed = with_gradient(y)
-        logits = keras_layers.logits_of(y)
+        logits, mask = keras_layers.logits_of(y), keras_layers.mask_of(y)
         followed = followed if logits is None else keras_layers.with_logits(followed, logits)
-        mask = keras_layers.mask_of(y)
         return followed if mask is None else keras_layers.with_mask(followed, mask)
+
+    def _add(self, tap: Tap, x: tf.Tensor, in_xla: bool) -> None:
+        self._slot(tap).add(x, in_xla)
+        if self._see is not None:
+            see = self._see
+
+            @tf.autograph.experimental.do_not_convert
+            def show(x: np.ndarray) -> None:
+                see(tap, x)
+
+            tf.numpy_function(show, [tf.cast(x, tf.float32)], [])
 
     def _slot(self, tap: Tap) -> _Slot:
         replica = tf.distribute.get_replica_context()
         if replica is None or replica.num_replicas_in_sync == 1:
             number, device = 0, None
         else:
-            number, device = (
-                int(tf.get_static_value(replica.replica_id_in_sync_group)),
-                tf.nest.flatten(replica.devices)[0],
-            )
+            number = int(tf.get_static_value(replica.replica_id_in_sync_group))
+            device = tf.nest.flatten(replica.devices)[0]
         slots = self._slots.setdefault(tap, {})
         if number not in slots:
             # Each replica has variables of its own on its device: those of a strategy are one for all.

@@ -107,7 +107,7 @@ def test_loops_of_recurrent_layers_are_followed():
 
 def test_layers_are_chosen_by_pattern():
     model = model_of()
-    taps = Taps(model, layers="hidden$", gradients=False)
+    taps = Taps(model, layers="hidden$", what=["output"])
     with taps.active():
         model(X)
     assert [(tap.path, tap.what) for tap in taps.read()] == [("net/hidden", "output")]
