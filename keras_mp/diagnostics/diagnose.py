@@ -180,9 +180,9 @@ def _try(
         loss = tensor.losses.get(name)
         if loss is not None and tensor.what == "output" and loss.overflow and not _holds_others(model, tensor.path):
             pinned[re.escape(tensor.path)] = f"{loss.overflow:.1%} of its outputs overflow in {name}"
-        if loss is not None and tensor.what == "gradient" and loss.underflow > _LOST:
-            if not _holds_others(model, tensor.path):
-                pinned[re.escape(tensor.path)] = f"{loss.underflow:.0%} of its gradients become zero in {name}"
+        lost = loss is not None and tensor.what == "gradient" and loss.underflow > _LOST
+        if lost and not _holds_others(model, tensor.path):
+            pinned[re.escape(tensor.path)] = f"{loss.underflow:.0%} of its gradients become zero in {name}"
     pinned = {pattern: why for pattern, why in pinned.items() if _is_layer(model, pattern)}
     for _ in range(_TRIES):
         policy = PolicyMap(f"mixed_{name}", dict.fromkeys(pinned, "float32"))
