@@ -10,10 +10,13 @@ import tensorflow as tf
 # Keras calls layers in a scratch graph to learn shapes, and has no public name that tells so.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope as _in_symbolic_scope
 
+# No public name tells whether the body of a loop is being traced. Its gradient cannot write to variables.
+from tensorflow.python.ops.control_flow_util_v2 import in_while_loop_defun as _in_while_loop_defun
+
 # `tf.Variable` asks the creators of a strategy, which make one variable for all replicas; this class asks none.
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable as _ResourceVariable
 
-__all__ = ["calls_through", "in_symbolic_call", "plain_variable"]
+__all__ = ["calls_through", "in_loop", "in_symbolic_call", "plain_variable"]
 
 
 @contextlib.contextmanager
@@ -55,3 +58,8 @@ def plain_variable(value: Any) -> tf.Variable:
 def in_symbolic_call() -> bool:
     """Whether Keras calls layers only to learn the shapes and dtypes of their outputs."""
     return bool(_in_symbolic_scope())
+
+
+def in_loop() -> bool:
+    """Whether the body of a `tf.while_loop` is being traced."""
+    return not tf.executing_eagerly() and bool(_in_while_loop_defun(tf.compat.v1.get_default_graph()))

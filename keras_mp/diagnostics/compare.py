@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -136,10 +136,14 @@ def compare(
     formats = _formats(half)
     format = "float16" if "float16" in formats.values() else "bfloat16"
     scale = 2.0**15 if format == "float16" else 1.0
+    coarsest = FORMATS[format].epsilon if formats else 2.0**-20
 
     exact, exact_pass = _values(reference, given, 1.0)
-    with _rounding(reference, formats):
-        rounded, rounded_pass = _values(reference, given, 1.0)
+    _round_weights(reference, formats)
+    simulated = []
+    for noise in (False, True):
+        with _rounding(reference, formats, noise):
+            simulated.append(_values(reference, given, 1.0))
     found, found_pass = _values(half, given, scale)
 
     layers = []
@@ -148,12 +152,14 @@ def compare(
             key = (tap.path, tap.what, tap.number)
             if tap.what == what and key in found and found[key][1].shape == values[1].shape:
                 dtype, there = found[key]
-                layers.append(_judge(tap.path, what, dtype, values[1], there, rounded[key][1]))
+                costs = [each[key][1] for each, _ in simulated]
+                layers.append(_judge(tap.path, what, dtype, coarsest, values[1], there, costs))
     for path, gradient in exact_pass.gradients.items():
         there = found_pass.gradients.get(path)
         if gradient is not None and there is not None:
             dtype = formats.get(path.rsplit("/", 1)[0], "float32")
-            layers.append(_judge(path, "weight gradient", dtype, gradient, there / scale, rounded_pass.gradients[path]))
+            costs = [each.gradients[path] for _, each in simulated]
+            layers.append(_judge(path, "weight gradient", dtype, coarsest, gradient, there / scale, costs))
     first = next((each for each in layers if each.verdict != "rounding"), None)
     return Comparison(name, exact_pass.loss, found_pass.loss, scale, tuple(layers), first)
 
@@ -199,43 +205,55 @@ def _formats(model: keras.Model) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _rounding(model: keras.Model, formats: dict[str, str]) -> Iterator[None]:
-    """Inside, the outputs of a float32 model's layers, and the gradients to them, are rounded as the formats say."""
+def _rounding(model: keras.Model, formats: dict[str, str], noise: bool) -> Iterator[None]:
+    """Inside, the outputs of a float32 model's layers, and the gradients to them, are rounded as the formats say.
+
+    With noise, half a unit of the last digit at random is added before, so that other numbers are rounded up.
+    """
     dtypes = {id(layer): formats[path] for layer, path in keras_layers.paths_of_layers(model) if path in formats}
 
     def after(operation: keras.Operation, outputs: Any) -> Any:
         dtype = dtypes.get(id(operation))
         if dtype is None or keras_calls.in_symbolic_call():
             return outputs
-        return keras.tree.map_structure(lambda y: _rounded(y, dtype), outputs)
+        return keras.tree.map_structure(lambda y: _rounded(y, dtype, noise), outputs)
 
     with keras_calls.calls_through(lambda operation, arguments: arguments, after):
         yield
 
 
-def _rounded(y: Any, dtype: str) -> Any:
+def _rounded(y: Any, dtype: str, noise: bool) -> Any:
     if not isinstance(y, tf.Tensor) or y.dtype != tf.float32:
         return y
 
+    epsilon = FORMATS[dtype].epsilon
+
     def round_once(x: tf.Tensor) -> tf.Tensor:
         # Whole numbers beyond those that the format holds are ids, positions or counts, which nothing may round.
-        kept = tf.reduce_all(x == tf.round(x)) & (tf.reduce_max(tf.abs(x), axis=None) > 1 / FORMATS[dtype].epsilon)
-        return tf.where(kept, x, tf.cast(tf.cast(x, dtype), tf.float32))
+        kept = tf.reduce_all(x == tf.round(x)) & (tf.reduce_max(tf.abs(x)) > 1 / epsilon)
+        shifted = x * (1 + epsilon / 2 * tf.random.uniform(tf.shape(x), -1, 1)) if noise else x
+        # The digits only: what a format's range costs is a fault, and gradients have no loss scale here.
+        return tf.where(kept, x, _digits(shifted, _digits_of(dtype)))
 
     @tf.custom_gradient
     def run(x: tf.Tensor) -> Any:
-        # No format's range is meant here, only its digits: gradients have no loss scale yet.
-        return (
-            round_once(x),
-            lambda upstream: (
-                tf.cast(tf.cast(upstream, tf.bfloat16), tf.float32) if (dtype == "bfloat16") else _digits(upstream, 11)
-            ),
-        )
+        return round_once(x), round_once
 
     followed = run(y)
     logits, mask = keras_layers.logits_of(y), keras_layers.mask_of(y)
     followed = followed if logits is None else keras_layers.with_logits(followed, logits)
     return followed if mask is None else keras_layers.with_mask(followed, mask)
+
+
+def _round_weights(model: keras.Model, formats: dict[str, str]) -> None:
+    for layer, path in keras_layers.paths_of_layers(model):
+        if path in formats and not keras_layers.inner_layers(layer):
+            for variable in layer.trainable_variables:
+                variable.assign(_digits(variable.value, _digits_of(formats[path])))
+
+
+def _digits_of(dtype: str) -> int:
+    return 1 - int(math.log2(FORMATS[dtype].epsilon))
 
 
 def _digits(x: tf.Tensor, digits: int) -> tf.Tensor:
@@ -245,30 +263,40 @@ def _digits(x: tf.Tensor, digits: int) -> tf.Tensor:
 
 
 def _judge(
-    path: str, what: str, dtype: str, exact: np.ndarray, found: np.ndarray, rounded: np.ndarray
+    path: str,
+    what: str,
+    dtype: str,
+    coarsest: float,
+    exact: np.ndarray,
+    found: np.ndarray,
+    simulated: Sequence[np.ndarray],
 ) -> LayerComparison:
-    exact, found, rounded = (each.astype(np.float64).reshape(-1) for each in (exact, found, rounded))
+    exact, found, *simulated = (each.astype(np.float64).reshape(-1) for each in (exact, found, *simulated))
     finite = np.isfinite(exact)
     nonfinite = int((~np.isfinite(found[finite])).sum())
-    keep = finite & np.isfinite(found) & np.isfinite(rounded)
-    exact, found, rounded = exact[keep], found[keep], rounded[keep]
+    keep = np.all([np.isfinite(each) for each in (exact, found, *simulated)], axis=0)
+    exact, found, *simulated = (each[keep] for each in (exact, found, *simulated))
     spread = float(exact.std()) if exact.size > 1 else abs(float(exact.sum()))
     spread = spread or float(np.sqrt((exact**2).mean())) if exact.size else 1.0
-    error, expected = (_rms(each - exact) / spread if spread else 0.0 for each in (found, rounded))
+    error, *costs = (_rms(each - exact) / spread if spread else 0.0 for each in (found, *simulated))
+    expected = max(costs)
     norms = math.sqrt((exact**2).sum() * (found**2).sum())
     cosine = float((exact * found).sum() / norms) if norms else float(not exact.any() and not found.any())
     there = exact != 0
     zeros = float((found[there] == 0).mean()) if there.any() else 0.0
-    zeros_by_rounding = float((rounded[there] == 0).mean()) if there.any() else 0.0
+    zeros_by_rounding = max(float((each[there] == 0).mean()) for each in simulated) if there.any() else 0.0
     epsilon = FORMATS[dtype].epsilon if dtype in FORMATS else 0.0
     blurred = epsilon * _rms(exact) / spread / math.sqrt(12) if spread else 0.0
+    # A rectifier or a maximum takes the other side for a share of its inputs that is proportional to their error. Each
+    # of these changes a gradient as a whole, so that the error of gradients grows with the square root.
+    floor = _FACTOR * coarsest if what == "output" else 3 * math.sqrt(coarsest / 2)
     if nonfinite:
         verdict = "not finite"
     elif zeros - zeros_by_rounding > 0.5:
         verdict = "lost"
     elif blurred > _BLURRED and error > _BLURRED:
         verdict = "rounded away"
-    elif error > _FACTOR * max(expected, epsilon or 1e-6):
+    elif error > max(_FACTOR * expected, floor):
         verdict = "worse than rounding"
     else:
         verdict = "rounding"

@@ -67,7 +67,8 @@ class Taps:
 
     Whatever is traced under `active` adds to the statistics each time that it runs: eagerly, in a graph, compiled by
     XLA, in loops and on replicas. No number of the model changes. A layer that is called several times, and a layer
-    that is recomputed in the backward pass, adds as often.
+    that is recomputed in the backward pass, adds as often. Inside the loop of a recurrent layer only outputs are
+    counted; the gradient of the whole layer's output is.
 
     Args:
         model: a built model.
@@ -146,7 +147,7 @@ class Taps:
         shape = None if y.shape.rank is None else tuple(y.shape.as_list())
         if forward:
             self._add(Tap(path, forward, number, y.dtype.name, shape), y, in_xla)
-        if not backward:
+        if not backward or keras_calls.in_loop():
             return y
         tap = Tap(path, backward, number, y.dtype.name, shape)
         self._slot(tap)  # in the order of the forward pass

@@ -50,7 +50,7 @@ def test_the_loss_scale_comes_to_the_logs(tmp_path):
     history = model.fit(X, Y, batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
     assert history.history["loss_scale"][-1] == float(model.optimizer.loss_scale)
     assert history.history["skipped_steps"][-1] == int(model.optimizer.skipped_steps)
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [float(row["loss_scale"]) for row in rows] == history.history["loss_scale"]
 
 
