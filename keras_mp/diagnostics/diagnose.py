@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -194,7 +194,21 @@ def _try(
         if bad is None or pattern is None:
             break
         pinned[pattern] = f"its {bad.what} is {bad.verdict} in {name} ({bad.error:.2g} of its spread)"
-    return policy, pinned, comparison
+    for path, why in _left_in_float32(model, policy):
+        pinned.setdefault(re.escape(path), why)
+    return PolicyMap(f"mixed_{name}", dict.fromkeys(pinned, "float32")), pinned, comparison
+
+
+def _left_in_float32(model: keras.Model, policy: PolicyMap) -> Iterator[tuple[str, str]]:
+    """The layers of the user's own classes that `convert` leaves in float32, so that the policy names them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KerasMPWarning)
+        converted = _layers(convert(model, policy))
+    for path, layer in _layers(model).items():
+        own = not type(layer).__module__.startswith(("keras.", "keras_mp."))
+        left = path in converted and converted[path].compute_dtype == "float32" != policy[path].compute_dtype
+        if own and left and layer is not model and not keras_layers.inner_layers(layer):
+            yield path, f"{type(layer).__name__} does not run in {policy.default_policy.compute_dtype}, or handles ids"
 
 
 def _is_better(
