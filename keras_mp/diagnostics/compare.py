@@ -107,6 +107,24 @@ class Comparison(reports.Report):
         ]
         return [reports.Table("Tensors, those that stand out first", columns, rows)]
 
+    def figure(self) -> Any:
+        """Returns a picture of the errors by tensor, beside what rounding costs."""
+        figure, axes = reports.axes(len(self.layers))
+        for what, color in (("output", "#2f6db5"), ("gradient", "#d9822b"), ("weight gradient", "#5c9e6f")):
+            places = [place for place, each in enumerate(self.layers) if each.what == what]
+            axes.plot([self.layers[p].error for p in places], places, "o", color=color, markersize=4, label=what)
+        bad = [place for place, each in enumerate(self.layers) if each.verdict != "rounding"]
+        axes.plot([self.layers[p].error for p in bad], bad, "o", color="none", mec="#c0392b", ms=9, label="stands out")
+        expected = [each.expected for each in self.layers]
+        axes.plot(expected, range(len(expected)), "|", color="#8795a5", markersize=7, label="rounding alone")
+        axes.set_xscale("log")
+        axes.set_xlabel("error, as a share of the spread in float32")
+        reports.label_rows(axes, [f"{each.path} {each.what}" for each in self.layers])
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.2 * len(self.layers) + 1)), ncols=3, frameon=False
+        )
+        return figure
+
 
 def compare(
     model: keras.Model, batch: Any, policy: "str | keras.DTypePolicy | PolicyMap | keras.Model" = "mixed_float16"

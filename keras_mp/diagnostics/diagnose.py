@@ -117,6 +117,23 @@ class Diagnosis(reports.Report):
         ]
         return [*tables, reports.Table("Tensors, those that lose most first", columns, rows)]
 
+    def figure(self) -> Any:
+        """Returns a picture of the range of each tensor beside the ranges of the formats."""
+        tensors = [each for each in self.layers if each.largest]
+        figure, axes = reports.axes(len(tensors))
+        for name, color in zip(self.best_scales, ("#2f6db5", "#5c9e6f", "#d9822b", "#9067a7"), strict=False):
+            format = FORMATS[name]
+            axes.axvspan(2.0 ** (format.tiny + 1), format.limit, color=color, alpha=0.08, label=name)
+        for place, each in enumerate(tensors):
+            color = "#d9822b" if each.what.endswith("gradient") else "#1b2733"
+            axes.plot([each.smallest, each.largest], [place, place], color=color, linewidth=2.5, solid_capstyle="round")
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(2.0**-45, 2.0**20)
+        axes.set_xlabel("magnitude in float32, gradients (orange) without a loss scale")
+        reports.label_rows(axes, [f"{each.path} {each.what}" for each in tensors])
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.2 * len(tensors) + 1)), ncols=4, frameon=False)
+        return figure
+
 
 def diagnose(model: keras.Model, batch: Any, formats: Sequence[str] = ("float16", "bfloat16")) -> Diagnosis:
     """Finds out what half precision loses in a training step, and recommends a policy that was tried.

@@ -11,7 +11,7 @@ from typing import Any
 
 from keras_mp.errors import ArgumentError
 
-__all__ = ["Report", "Table"]
+__all__ = ["Report", "Table", "axes", "label_rows"]
 
 _WIDTH = 80
 
@@ -100,6 +100,25 @@ class Report:
 
 
 _ROWS = 30
+
+
+def axes(rows: int) -> tuple[Any, Any]:
+    """Returns a Matplotlib figure that has a line for each row, and its axes."""
+    from matplotlib.figure import Figure  # late: few reports are drawn
+
+    figure = Figure(figsize=(9, 1 + 0.2 * rows))
+    drawn = figure.add_subplot()
+    drawn.grid(axis="x", color="#dde4ec", linewidth=0.6)
+    for side in ("top", "right", "left"):
+        drawn.spines[side].set_visible(False)
+    return figure, drawn
+
+
+def label_rows(axes: Any, names: Sequence[str]) -> None:
+    """Names the rows of a figure from the top down."""
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def html_free(text: str) -> str:
