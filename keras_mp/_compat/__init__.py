@@ -1,6 +1,6 @@
-"""The TensorFlow and Keras that are installed: the only place that uses their private names, or changes them.
+"""The installed TensorFlow and Keras: the only place that uses their private names and attributes, or changes them.
 
-Each private name stands here with the reason why a public one is not enough. `tests/_compat` fails with the name in its
+Each private name stands here with the reason why no public one will do. `tests/_compat` fails with the name in its
 message when one of them moves.
 """
 
@@ -8,6 +8,6 @@ from keras_mp._compat.startup import require_tensorflow
 
 require_tensorflow()
 
-from keras_mp._compat import patches  # noqa: E402  (only after its absence is explained)
+from keras_mp._compat import patches  # noqa: E402  (a missing TensorFlow is explained first)
 
 patches.install()

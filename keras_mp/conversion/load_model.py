@@ -89,16 +89,9 @@ def load_model(
     return model if policy is None else convert(model, policy)
 
 
-def _read_for_keras(source: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True) -> Any:
-    """What `keras.saving.load_model` does: all as without us, but for files of models that have something of ours."""
-    read = _read if isinstance(_config_in(source).get("keras_mp"), dict) else keras_files.load_with_keras
-    return read(source, custom_objects, compile, safe_mode)
-
-
-keras_files.read_model_files_by(_read_for_keras)
-
-
-def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, safe_mode: bool) -> keras.Model:
+def _read(
+    source: Any, custom_objects: "dict[str, Any] | None" = None, compile: bool = True, safe_mode: bool = True
+) -> keras.Model:
     """The model from an open file or from a folder."""
     config = _config_in(source)
     record = config.get("keras_mp")
@@ -116,6 +109,9 @@ def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, s
     finally:
         keras.config.set_dtype_policy(before)
     return model
+
+
+keras_files.read_model_files_by("keras_mp", _read)
 
 
 def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, safe_mode: bool) -> keras.Model:

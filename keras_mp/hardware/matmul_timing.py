@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-from keras_mp._compat import runtime
-
 __all__ = ["ProductTimes", "settle", "time_products"]
 
 # The gain in a bare product below which the casts of a training step leave nothing of it.
@@ -28,9 +26,6 @@ _SECONDS_AT_MOST = 2.0
 # How far from the threshold, as a logarithm, the ratio of one round has to be for it to be told from it; of n rounds a
 # square root of n less. It is over three standard errors of the median where each time varies by a tenth.
 _MARGIN = 0.6
-
-# What TensorFlow logs when a session is made, and once for float16 on a CPU without instructions for it.
-_LOG_LINES = ("absl::InitializeLog()", "mlir_graph_optimization_pass.cc:", "oneDNN supports DT_HALF only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +132,7 @@ def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
             dtype: functools.partial(session.make_callable(product, [factor]), factors[dtype])
             for dtype, (factor, product) in products.items()
         }
-        with runtime.without_log_lines(*_LOG_LINES):
-            return settle(_rounds(runs))
+        return settle(_rounds(runs))
 
 
 def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> tuple[float, float, bool]:

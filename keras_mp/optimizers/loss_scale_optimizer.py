@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, graph_errors, keras_files, keras_hooks, keras_variables
+from keras_mp._compat import execution, graph_errors, keras_files, keras_hooks, keras_variables, patches
 from keras_mp.distribution import strategies
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.optimizers import half_variables, provenance
@@ -169,6 +169,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        patches.install_on_first_use()
         for argument, default in _INNER_ARGUMENTS.items():
             value = kwargs.pop(argument, default)
             if value != default:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import keras
 
 from keras_mp import hardware
-from keras_mp._compat import keras_layers, runtime
+from keras_mp._compat import keras_layers, patches, runtime
 from keras_mp.errors import KerasMPWarning, PolicyError
 from keras_mp.hardware.matmul_timing import ProductTimes
 from keras_mp.policies import policy_map
@@ -92,6 +92,7 @@ def chosen_policy(policy: "str | keras.DTypePolicy", call: str) -> keras.DTypePo
     Raises:
         PolicyError: as `set_policy` does.
     """
+    patches.install_on_first_use()
     automatic = isinstance(policy, str) and policy == "auto"
     wanted = _resolve(_automatic() if automatic else policy)
     dtypes = {dtype for each in policies_in(wanted) for dtype in (each.compute_dtype, each.variable_dtype)}

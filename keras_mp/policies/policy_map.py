@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_mp._compat import keras_layers
+from keras_mp._compat import keras_layers, patches
 from keras_mp.errors import PolicyError
 
 __all__ = ["PolicyMap"]
@@ -48,6 +48,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
     """
 
     def __init__(self, default_policy: Any = None, policy_map: Mapping[str, Any] | None = None) -> None:
+        patches.install_on_first_use()
         if policy_map is not None and not isinstance(policy_map, Mapping):
             raise PolicyError(
                 f"`policy_map` must be a dictionary from patterns to policies, such as {{'.*/logits': 'float32'}}. "

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp._compat import keras_hooks, keras_layers, keras_models, tf_replicas
+from keras_mp._compat import keras_hooks, keras_layers, keras_models, patches, tf_replicas
 from keras_mp.distribution import strategies, workers
 from keras_mp.errors import (
     ArgumentError,
@@ -92,6 +92,7 @@ class Model(keras.Model):
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        patches.install_on_first_use()
         if keras_models.is_functional(args, kwargs):
             if not isinstance(self, Functional):
                 _make_functional(type(self))

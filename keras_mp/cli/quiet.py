@@ -1,0 +1,69 @@
+"""Keeps TensorFlow's banner off the screen of the `keras-mp` command.
+
+TensorFlow's native code writes the banner to file descriptor 2 while it is imported, and no option of TensorFlow drops
+it alone. So the command sends this descriptor through a small process that drops the lines of the banner. That process
+passes on all other lines at once, and so the last words of a native crash.
+"""
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+
+__all__ = ["start"]
+
+# Python's own messages do not come this way, and a traceback of the command has none of these words.
+_BANNER = (
+    "All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+    "oneDNN supports DT_HALF only",
+    "This TensorFlow binary is optimized to use",
+    "To enable the following instructions: ",
+    "mlir_graph_optimization_pass.cc:",
+    "computation_placer.cc:",
+    r"cuda_(fft|dnn|blas)\.cc:\d+\] Unable to register",
+    "Could not find cuda drivers on your machine",
+    "Could not find TensorRT",
+    "Cannot dlopen some GPU libraries",
+    "Skipping registering GPU devices",
+    "failed call to cuInit",
+)
+
+_FILTER = """
+import re, sys
+banner = re.compile(sys.argv[1].encode())
+for line in sys.stdin.buffer:
+    if not banner.search(line):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+"""
+
+
+def start() -> None:
+    """Sends what native code writes to file descriptor 2 through the filter, until the process ends.
+
+    `TF_CPP_MIN_LOG_LEVEL=0` keeps the banner. It must be called before TensorFlow is imported.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        return
+    try:
+        screen = os.dup(2)
+    except OSError:  # there is no standard error stream
+        return
+    command = [sys.executable, "-I", "-S", "-c", _FILTER, "|".join(_BANNER)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen)
+    assert process.stdin is not None
+    os.dup2(process.stdin.fileno(), 2)
+    process.stdin.close()
+    # Python's messages, prompts and progress bars go straight to the screen.
+    sys.stderr = sys.__stderr__ = os.fdopen(
+        screen, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
+    )
+
+    def finish() -> None:
+        os.dup2(screen, 2)  # so the filter sees the end of its input
+        with contextlib.suppress(subprocess.TimeoutExpired):  # if a process that the command started still writes
+            process.wait(timeout=5)
+
+    atexit.register(finish)
