@@ -8,13 +8,16 @@ import os
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from keras_mp._compat import runtime, tf_replicas
+from keras_mp._compat import patches, runtime, tf_replicas
 
 from keras_mp import hardware  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
 
 import keras
 import pytest
 import tensorflow as tf
+
+# Whatever test runs first, all see the same Keras: the one after the first use of keras_mp.
+patches.install_on_first_use()
 
 # Replicas without GPUs: several logical devices on the one CPU. They can only be had before the runtime starts.
 tf.config.set_logical_device_configuration(

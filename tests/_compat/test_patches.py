@@ -10,6 +10,8 @@ import threading
 import keras
 import pytest
 
+import keras_mp
+from keras_mp._compat import execution, patches
 from keras_mp._compat.replacing import around, replaced
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,6 +50,26 @@ def test_importing_changes_no_setting_of_the_process(seen):
 
 def test_a_program_of_stock_keras_gets_no_warning_of_ours(seen):
     assert seen["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: keras_mp.set_policy("float32"),
+        lambda: keras_mp.policy_scope("float32").__enter__(),
+        lambda: keras_mp.PolicyMap("float32"),
+        lambda: keras_mp.LossScaleOptimizer("sgd"),
+        lambda: keras_mp.Model(),
+        lambda: keras_mp.convert(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), "float32"),
+        execution.current,
+    ],
+    ids=["set_policy", "policy_scope", "PolicyMap", "LossScaleOptimizer", "Model", "convert", "a layer's call"],
+)
+def test_the_first_use_is_noticed(use, monkeypatch):
+    seen = []
+    monkeypatch.setattr(patches, "install_on_first_use", lambda: seen.append(True))
+    use()
+    assert seen
 
 
 def test_the_table_in_the_docs_names_what_is_replaced_for_a_block():
