@@ -4,9 +4,9 @@ Each private name stands here with the reason why no public one will do. `tests/
 message when one of them moves.
 """
 
-from keras_mp._compat.startup import require_tensorflow
+from keras_mp._compat import startup
 
-require_tensorflow()
+startup.require_tensorflow()
 
 from keras_mp._compat import patches  # noqa: E402  (a missing TensorFlow is explained first)
 

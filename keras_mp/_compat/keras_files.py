@@ -19,7 +19,7 @@ from keras.src.backend.common.global_state import get_global_attribute as _savin
 
 # Here Keras decides by class names where weights stand in a file, what else stands in it, and how it is read. No public
 # name tells or changes that.
-from keras.src.saving import saving_lib as saving_lib
+from keras.src.saving import saving_lib as _saving_lib
 
 # No public name tells whether Python code in files is run.
 from keras.src.saving import serialization_lib as _serialization_lib
@@ -38,7 +38,6 @@ __all__ = [
     "naming",
     "read_model_files_by",
     "reader",
-    "saving_lib",
     "saving_to_h5",
     "store_like",
     "trusting",
@@ -172,7 +171,7 @@ def layers_by_address(model: keras.Layer) -> dict[str, keras.Layer]:
             seen.add(id(value))
             if isinstance(value, keras.Layer):
                 found.setdefault(address, value)
-            for name, child in list(saving_lib._walk_saveable(value)):
+            for name, child in list(_saving_lib._walk_saveable(value)):
                 visit(child, f"{address}/{name}")
             return
         inside.append(id(value))
@@ -231,7 +230,7 @@ def load_with_keras(
     name = "_load_model_from_dir" if isinstance(source, (str, os.PathLike)) else "_load_model_from_fileobj"
     token = _other_config.set(config)
     try:
-        with replaced(saving_lib, _model_from_config=_model_from_other_config):
+        with replaced(_saving_lib, _model_from_config=_model_from_other_config):
             return _keras_readers[name](source, custom_objects, compile, safe_mode)
     finally:
         _other_config.reset(token)
@@ -239,7 +238,7 @@ def load_with_keras(
 
 _other_config: contextvars.ContextVar["dict[str, Any] | None"] = contextvars.ContextVar("_other_config", default=None)
 
-_keras_model_from_config = saving_lib._model_from_config
+_keras_model_from_config = _saving_lib._model_from_config
 
 
 def _model_from_other_config(config_json: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +251,7 @@ def _model_from_other_config(config_json: Any, *args: Any, **kwargs: Any) -> Any
 
 
 _keras_readers: dict[str, Callable[..., Any]] = {
-    name: getattr(saving_lib, name) for name in ("_load_model_from_dir", "_load_model_from_fileobj")
+    name: getattr(_saving_lib, name) for name in ("_load_model_from_dir", "_load_model_from_fileobj")
 }
 
 _Read = Callable[[Any, "dict[str, Any] | None", bool, bool], Any]

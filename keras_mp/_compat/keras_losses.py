@@ -87,7 +87,7 @@ def share_of_batch(share: tf.Tensor | None, total_of: Callable[[tf.Tensor], tf.T
         _share.reset(token)
 
 
-_ours = {
+_ours: dict[str, Callable[..., Any]] = {
     "apply_mask": _apply_mask,
     "reduce_values": _reduce_values,
     "scale_loss_for_distribution": _scale_loss_for_distribution,

@@ -6,6 +6,7 @@ optimizer, layer, model or strategy of keras_mp needs. Changes for the length of
 
 import keras
 import tensorflow as tf
+from keras.src.saving import saving_lib as _saving_lib
 
 from keras_mp._compat import graph_errors, keras_files, keras_hooks
 from keras_mp._compat.replacing import around
@@ -15,11 +16,10 @@ __all__ = ["install", "install_on_first_use"]
 
 def install() -> None:
     """Makes the changes that concern model files."""
-    saving = keras_files.saving_lib
-    saving.naming = keras_files.naming
-    saving._serialize_model_as_json = around(saving._serialize_model_as_json, after=keras_files.with_more)
-    saving._load_model_from_dir = keras_files.reader("_load_model_from_dir")
-    saving._load_model_from_fileobj = keras_files.reader("_load_model_from_fileobj")
+    _saving_lib.naming = keras_files.naming
+    _saving_lib._serialize_model_as_json = around(_saving_lib._serialize_model_as_json, after=keras_files.with_more)
+    _saving_lib._load_model_from_dir = keras_files.reader("_load_model_from_dir")
+    _saving_lib._load_model_from_fileobj = keras_files.reader("_load_model_from_fileobj")
 
 
 _used = False

@@ -57,9 +57,7 @@ def start() -> None:
     os.dup2(process.stdin.fileno(), 2)
     process.stdin.close()
     # Python's messages, prompts and progress bars go straight to the screen.
-    sys.stderr = sys.__stderr__ = os.fdopen(
-        screen, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
-    )
+    sys.stderr = os.fdopen(screen, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
     def finish() -> None:
         os.dup2(screen, 2)  # so the filter sees the end of its input
