@@ -1,7 +1,7 @@
-"""The installed TensorFlow and Keras: the only place that uses their private names and attributes, or changes them.
+"""The only place that uses private names and attributes of TensorFlow and Keras, or changes them.
 
-Each private name stands here with the reason why no public one will do. `tests/_compat` fails with the name in its
-message when one of them moves.
+Each private name comes with the reason why no public one will do. When one of them moves, a test in `tests/_compat`
+names it.
 """
 
 from keras_mp._compat import startup

@@ -93,7 +93,7 @@ def on_cpu() -> bool:
 
 
 def optimization_barrier(x: tf.Tensor) -> tf.Tensor:
-    """Returns the same tensor, of which XLA knows only the dtype and the shape.
+    """Returns the same tensor, but XLA knows only its dtype and shape.
 
     So XLA does not recompute it where it is used, and does not undo its rounding to half precision. Only XLA can run
     this op: ask `in_xla_context` first.

@@ -17,7 +17,7 @@ import keras
 # No public name tells a model that is being written to HDF5 from one that is written to `.keras`.
 from keras.src.backend.common.global_state import get_global_attribute as _saving_options_flag
 
-# Here Keras decides by class names where weights stand in a file, what else stands in it, and how it is read. No public
+# This module decides by class names where weights stand in a file, what else is in it, and how it is read. No public
 # name tells or changes that.
 from keras.src.saving import saving_lib as _saving_lib
 
@@ -59,7 +59,7 @@ _stored_like: dict[type, type] = {}
 def store_like(cls: type[keras.Layer], stock: type[keras.Layer]) -> None:
     """Files the weights of a class under the name of another class.
 
-    Older files, in which they stand under the name of their own class, are still read.
+    Older files, which use the name of the first class, are still read.
 
     Args:
         cls: the class. Its subclasses keep their own names.
@@ -71,8 +71,8 @@ def store_like(cls: type[keras.Layer], stock: type[keras.Layer]) -> None:
 def _name_in_file(class_name: str) -> str:
     """Returns the name in a file for a class name, in place of Keras's `to_snake_case`.
 
-    It returns before Keras saves or loads the object, so it is in no traceback. The class and the file are known only
-    to Keras's function that calls it.
+    It returns before Keras saves or loads the object, so it is in no traceback. It takes the object and the file from
+    the local variables of its caller, a function of Keras.
     """
     if class_name in {cls.__name__ for cls in _stored_like}:
         keras_names = sys._getframe(1).f_locals
@@ -107,8 +107,8 @@ def _names_in_file(kinds: Iterable[type]) -> list[str]:
 def _kinds_in_file(store: Any, path: str, saveables: "list[_KerasSaveable]", known: Any) -> list[type]:
     """Returns the classes by whose names a file holds the objects in one list.
 
-    Before version 0.2 each was filed by its own class, and `convert` put in fewer layers of such classes, always the
-    last ones.
+    Before version 0.2 each object had the name of its own class. And `convert` then put in fewer layers of such
+    classes, always the last ones.
     """
 
     def are_there(kinds: list[type]) -> bool:
@@ -155,8 +155,8 @@ def _is_in_file(store: Any, path: str) -> bool:
 def layers_by_address(model: keras.Layer) -> dict[str, keras.Layer]:
     """Returns a layer and all layers inside it, by the address in a file at which Keras looks for their weights.
 
-    The address stays the same when a model is made again and its layers get other names. A layer that is used in
-    several places stands at the first of them, before the layers inside it.
+    The address stays the same if a model is made again with other layer names. A layer that is used in several places
+    has the first address. It comes before the layers inside it.
 
     Args:
         model: a layer or model.
@@ -197,7 +197,7 @@ def write_into_model_files(key: str, content_of: Callable[[keras.Model], Any]) -
     Keras ignores the entry.
 
     Args:
-        key: the name of the entry. Keras's own names are those of a serialized object.
+        key: the name of the entry, beside "config", "class_name" and Keras's other names.
         content_of: gets the model, returns a value that JSON can hold, or None for no entry.
     """
     _more[key] = content_of
@@ -293,7 +293,7 @@ _CONFIG, _BYTES_AT_MOST = "config.json", 1 << 32
 
 
 def _config_in(source: Any) -> dict[str, Any]:
-    """Returns the configuration in a file. It is empty for a bad file, of which Keras says what is wrong."""
+    """Returns the configuration in a file, or an empty one for a bad file. Keras then explains what is wrong."""
     try:
         if isinstance(source, (str, os.PathLike)):
             text = pathlib.Path(source, _CONFIG).read_bytes()

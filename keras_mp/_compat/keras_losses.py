@@ -14,10 +14,9 @@ from keras_mp._compat.replacing import replaced
 
 __all__ = ["share_of_batch"]
 
-# Keras multiplies each mean over a replica's rows, in a loss and in `add_loss`, by one over the number of replicas. The
-# sum over replicas is then the mean over the batch only if all replicas have as many rows. It is also wrong if
-# `compute_loss` or the loss is a user's function that returns a mean. So here means stay as they are, and the total is
-# weighted.
+# Keras divides each mean over a replica's rows by the number of replicas, in a loss and in `add_loss`. The sum over
+# replicas is then the mean over the batch only if all replicas have as many rows. It is wrong if `compute_loss` or the
+# loss is a user's function that returns a mean. So here means stay as they are, and the total is weighted.
 _share: contextvars.ContextVar["tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]] | None"] = contextvars.ContextVar(
     "_share", default=None
 )
@@ -69,11 +68,11 @@ def _unscale_loss_for_distribution(value: Any) -> Any:
 
 @contextlib.contextmanager
 def share_of_batch(share: tf.Tensor | None, total_of: Callable[[tf.Tensor], tf.Tensor]) -> Iterator[None]:
-    """Inside, Keras's losses are those of a replica's rows. Multiply them by the replica's share of the batch.
+    """Inside, Keras's losses cover only a replica's rows. The caller multiplies them by the replica's share.
 
     Their sum over replicas is then the mean over the whole batch, even if replicas have different numbers of rows. The
-    same holds for a mean over the elements that a mask leaves, and over the sum of the weights. A loss with
-    `reduction="sum"` is divided by the share, so the total is again the sum.
+    same holds for means over unmasked elements or over the sum of the weights. A loss with `reduction="sum"` is divided
+    by the share, so the total is the sum.
 
     Args:
         share: scalar between 0 and 1. The shares of all replicas add up to 1. None changes nothing.

@@ -20,17 +20,17 @@ def renumber(
     originals: Iterable[keras.Variable],
     copy_of: Callable[[Any], Any],
 ) -> None:
-    """Has a copy of an optimizer know the copies of variables by their own keys, in the strategy that it is made in.
+    """Makes a copy of an optimizer know the copies of variables by their own keys, in the current strategy.
 
     Args:
         optimizer: the original.
-        copy: its copy, that knows variables by the keys of the originals.
-        originals: variables, among them those that the optimizer was told to leave out of weight decay.
-        copy_of: from a variable to its copy.
+        copy: its copy, which still knows variables by the keys of the originals.
+        originals: the variables, including the ones excluded from weight decay.
+        copy_of: maps a variable to its copy.
     """
     copy._distribution_strategy = tf.distribute.get_strategy()
     keys = {optimizer._var_key(variable): copy._var_key(copy_of(variable)) for variable in originals}
-    # Variables that the model no longer has are known as well, by keys that no other variable gets.
+    # Variables that the model no longer has keep their keys, which no other variable gets.
     copy._trainable_variables_indices = {
         keys.get(key, key): index for key, index in optimizer._trainable_variables_indices.items()
     }
@@ -41,7 +41,7 @@ def renumber(
 
 @contextlib.contextmanager
 def built_already(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Inside, `build` of an optimizer does nothing: not all of Keras's ask whether they are built."""
+    """Inside, an optimizer's `build` does nothing. Not all of Keras's optimizers check whether they are built."""
     vars(optimizer)["build"] = lambda variables: None
     try:
         yield
@@ -50,5 +50,5 @@ def built_already(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
 
 
 def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """The variables that an optimizer was built on."""
+    """Returns the variables on which an optimizer was built."""
     return list(optimizer._trainable_variables)

@@ -1,7 +1,7 @@
 """Every lasting change that keras_mp makes to TensorFlow and Keras. `docs/importing.md` explains each.
 
-`install` makes the changes that importing keras_mp needs. `install_on_first_use` makes those that the first policy,
-optimizer, layer, model or strategy of keras_mp needs. Changes for the length of a block are made by `replacing`.
+`install` makes the changes for an import. `install_on_first_use` makes the changes for the first policy, optimizer,
+layer or model of keras_mp. `replacing` makes the changes that last for one block.
 """
 
 import keras
