@@ -1,8 +1,8 @@
 """Keeps TensorFlow's banner off the screen of the `keras-mp` command.
 
-TensorFlow's native code writes the banner to file descriptor 2 while it is imported, and no option of TensorFlow drops
-it alone. So the command sends this descriptor through a small process that drops the lines of the banner. That process
-passes on all other lines at once, and so the last words of a native crash.
+TensorFlow's native code writes the banner to file descriptor 2 during its import. No option drops only the banner. So the
+command sends this descriptor through a small process that drops the banner's lines. That process passes on all other
+lines at once, also the last words of a native crash.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import sys
 
 __all__ = ["start"]
 
-# Python's own messages do not come this way, and a traceback of the command has none of these words.
+# Python's own messages do not pass the filter.
 _BANNER = (
     "All log messages before absl::InitializeLog",
     "oneDNN custom operations are on",
@@ -31,7 +31,8 @@ _BANNER = (
 )
 
 _FILTER = """
-import re, sys
+import re, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 banner = re.compile(sys.argv[1].encode())
 for line in sys.stdin.buffer:
     if not banner.search(line):
