@@ -1,8 +1,8 @@
 """Keeps TensorFlow's banner off the screen of the `keras-mp` command.
 
-TensorFlow's native code writes the banner to file descriptor 2 during its import. No option drops only the banner. So the
-command sends this descriptor through a small process that drops the banner's lines. That process passes on all other
-lines at once, also the last words of a native crash.
+TensorFlow's native code writes the banner to file descriptor 2 during its import. No option drops only the banner. So
+the command sends this descriptor through a small process that drops the banner's lines. That process passes on all
+other lines at once, also the last words of a native crash.
 """
 
 import atexit
