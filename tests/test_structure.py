@@ -140,6 +140,27 @@ def test_private_modules_of_tensorflow_and_keras_are_named_in_one_place(path):
     assert not [f"line {node.lineno}: {ast.unparse(node)}" for node in internal]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_classes_of_others_are_changed_in_one_place(path):
+    tree = ast.parse(path.read_text())
+    foreign = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("keras_mp"))
+    }
+    changed = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, (ast.Store, ast.Del))
+        and ast.unparse(node).split(".")[0] in foreign
+    ]
+    allowed = {"_compat/patches.py", "cli/quiet.py"}  # the second one redirects the command's own messages
+    assert not changed or path.relative_to(PACKAGE).as_posix() in allowed
+
+
 # Methods that Keras's classes call under a private name, and that layers of ours override.
 OVERRIDES = {
     "_apply_scores": (keras.layers.Attention, "attention without a matrix of all scores"),

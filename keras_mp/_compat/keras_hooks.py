@@ -60,17 +60,18 @@ def _watched_add_loss(self: keras.Layer, loss: Any) -> None:
 
 @contextlib.contextmanager
 def watched_calls(
-    begins: Callable[[keras.Operation, Any], Any],
-    ends: Callable[[Any, Any], None],
-    fails: Callable[[Any], None],
-    adds_loss: Callable[[keras.Layer], None],
+    begins: Callable[[keras.Operation, Any], Any] = lambda operation, arguments: operation,
+    ends: Callable[[Any, Any], None] = lambda mark, outputs: None,
+    fails: Callable[[Any], None] = lambda mark: None,
+    adds_loss: Callable[[keras.Layer], None] = lambda layer: None,
 ) -> Iterator[None]:
     """Watches the calls of layers and of a graph's operations, and the losses that layers add, in this thread.
 
     Keras has no hook around a call.
 
     Args:
-        begins: gets the layer or operation and its arguments, which Keras has cast. It returns a mark.
+        begins: gets the layer or operation and its arguments, which Keras has cast. It returns a mark, by default the
+            layer or operation.
         ends: gets the mark and the outputs.
         fails: gets the mark after an error.
         adds_loss: gets the layer whose `add_loss` is called.

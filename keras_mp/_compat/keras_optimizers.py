@@ -1,13 +1,17 @@
 """Keras optimizers: the variables and keys that they know."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_mp._compat.replacing import replaced
+
 __all__ = [
+    "adding_variables_in",
     "built_already",
     "renumber",
     "trained_by",
@@ -52,3 +56,40 @@ def built_already(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
 def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Returns the variables on which an optimizer was built."""
     return list(optimizer._trainable_variables)
+
+
+# Gets the dtype and the name of a new variable, returns its dtype.
+_DtypeOf = Callable[[str, str | None], str]
+
+_dtype_of: contextvars.ContextVar[_DtypeOf | None] = contextvars.ContextVar("_dtype_of", default=None)
+
+_add_variable = keras.optimizers.Optimizer.add_variable
+
+
+def _add_variable_in(
+    self: keras.optimizers.Optimizer,
+    shape: Any,
+    initializer: Any = "zeros",
+    dtype: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> keras.Variable:
+    dtype_of = _dtype_of.get()
+    if dtype is not None and dtype_of is not None:
+        dtype = dtype_of(keras.backend.standardize_dtype(dtype), kwargs.get("name"))
+    return _add_variable(self, shape, initializer, dtype, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def adding_variables_in(dtype_of: _DtypeOf) -> Iterator[None]:
+    """Inside, and in this thread, Keras's optimizers make their variables in other dtypes. They have no option for it.
+
+    Args:
+        dtype_of: gets the dtype and the name of a new variable, returns its dtype.
+    """
+    token = _dtype_of.set(dtype_of)
+    try:
+        with replaced(keras.optimizers.Optimizer, add_variable=_add_variable_in):
+            yield
+    finally:
+        _dtype_of.reset(token)

@@ -44,7 +44,8 @@ def drop_frame(error: BaseException) -> None:
 
 _lock = threading.Lock()
 
-# For each function that is replaced now: how many blocks need it so, and the function to put back.
+# For each function that is replaced now: how many blocks need it so, and the function to put back. None stands for an
+# inherited function.
 _in_place: dict[tuple[Any, str], tuple[int, Any]] = {}
 
 
@@ -60,7 +61,7 @@ def replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """
     with _lock:
         for name, function in functions.items():
-            count, original = _in_place.get((owner, name), (0, getattr(owner, name)))
+            count, original = _in_place.get((owner, name), (0, vars(owner).get(name)))
             _in_place[owner, name] = count + 1, original
             setattr(owner, name, function)
     try:
@@ -71,5 +72,7 @@ def replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
                 count, original = _in_place.pop((owner, name))
                 if count > 1:
                     _in_place[owner, name] = count - 1, original
+                elif original is None:
+                    delattr(owner, name)
                 else:
                     setattr(owner, name, original)

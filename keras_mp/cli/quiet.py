@@ -48,12 +48,12 @@ def start() -> None:
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
         return
+    command = [sys.executable, "-I", "-S", "-c", _FILTER, "|".join(_BANNER)]
     try:
         screen = os.dup(2)
-    except OSError:  # there is no standard error stream
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen)
+    except OSError:  # there is no standard error stream, or no room for another process
         return
-    command = [sys.executable, "-I", "-S", "-c", _FILTER, "|".join(_BANNER)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen)
     assert process.stdin is not None
     os.dup2(process.stdin.fileno(), 2)
     process.stdin.close()
