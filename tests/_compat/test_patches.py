@@ -46,6 +46,11 @@ def test_the_table_in_the_docs_names_what_the_first_use_changes(seen):
     assert seen["changed at first use"] == sorted(name for name, when in ROWS if when in ("import", "first use"))
 
 
+def test_importing_the_package_imports_nothing_but_itself_beside_keras(seen):
+    # Every program of every user pays for a heavy import.
+    assert seen["imported"] == ["keras_mp"]
+
+
 def test_importing_changes_no_setting_of_the_process(seen):
     assert seen["settings"] == []
 

@@ -220,11 +220,13 @@ def tracebacks():
 keras.config.disable_traceback_filtering()
 small().fit(X, Y, verbose=0)  # loads what Keras loads late
 small().save(FOLDER / "small.keras")
-attributes_before, settings_before = attributes(), settings()
+attributes_before, settings_before, modules_before = attributes(), settings(), set(sys.modules)
 
 import keras_mp  # noqa: E402
 
 told = {"package": str(pathlib.Path(keras_mp.__file__).parent)}
+imported = {name.split(".")[0] for name in set(sys.modules) - modules_before}
+told["imported"] = sorted(imported - set(sys.stdlib_module_names))
 told["changed at import"] = changes(attributes_before, attributes())
 settings_after = settings()
 told["settings"] = [key for key, value in settings_before.items() if settings_after[key] != value]
