@@ -18,7 +18,7 @@ NAN = math.nan
 
 def make_model(inner, wrapper=keras_mp.LossScaleOptimizer, **arguments):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(1)])
-    model.compile(wrapper(inner, **arguments), loss="mse")
+    model.compile(wrapper(inner, **arguments), loss="mse", jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -1,0 +1,73 @@
+"""Fixtures that every test gets without asking, so that no test can change what the next one sees."""
+
+import functools
+import gc
+
+from keras_mp._compat import runtime, tf_replicas
+
+from keras_mp import hardware  # isort: skip  (first, so that TensorFlow's banner stays out of the reports)
+
+import keras
+import pytest
+import tensorflow as tf
+
+# Replicas without GPUs: several logical devices on the one CPU. They can only be had before the runtime starts.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+
+@functools.cache
+def _mirrored(replicas):
+    # One strategy over the same devices serves all tests.
+    return tf_replicas.mirrored_strategy([f"CPU:{index}" for index in range(replicas)])
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """A function from a number of replicas to the session's `MirroredStrategy` over so many logical CPU devices."""
+    return _mirrored
+
+
+_POLICY, _REMAPPER = keras.config.dtype_policy(), runtime.remapper_enabled()
+
+
+@pytest.fixture(autouse=True)
+def _isolated_global_state():
+    """Gives every test the global dtype policy and grappler's options of the start, and the same random numbers.
+
+    Before it as well as after it: a fixture of a whole module, which trains in float16, comes in between.
+    """
+    _restore()
+    keras.utils.set_random_seed(0)
+    yield
+    _restore()
+
+
+def _restore():
+    keras.config.set_dtype_policy(_POLICY)
+    runtime.set_remapper(_REMAPPER)
+
+
+@pytest.fixture(params=[True, False], ids=["fast in 16 bits", "slow in 16 bits"])
+def gains_from_16_bits(request, monkeypatch):
+    """Whether the CPU is taken to gain from matmuls in 16 bits, whatever CPU is here."""
+    monkeypatch.setattr(hardware, "cpu_gains", lambda dtype: request.param)
+    return request.param
+
+
+def pytest_collection_finish():
+    """Leaves what is imported by now out of all collections, which take a tenth of the suite's time otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Frees the models and traced functions of a file.
+
+    They are in cycles, and Python collects rarely where much is alive. What is still alive goes the way of imports.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
