@@ -10,6 +10,7 @@ from keras_mp import hardware  # isort: skip  (first, so that TensorFlow's banne
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import ops
 
 # Replicas without GPUs: several logical devices on the one CPU. They can only be had before the runtime starts.
 tf.config.set_logical_device_configuration(
@@ -64,10 +65,21 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Frees the models and traced functions of a file.
+    """Frees the models and traced functions of a file, which take gigabytes by the end of the suite.
 
-    They are in cycles, and Python collects rarely where much is alive. What is still alive goes the way of imports.
+    They are in cycles, and Python collects rarely where much is alive. What is alive after it goes the way of imports.
     """
     if nextitem is None or nextitem.path != item.path:
-        gc.collect()
+        _forget_gradients_of_all_reduce()
+        keras.utils.clear_session()  # resets the default graph, which keeps every `tf.py_function`, and collects
         gc.freeze()
+
+
+def _forget_gradients_of_all_reduce():
+    """TensorFlow registers the gradient of each `all_reduce` for ever, with its graph; our optimizers have one each."""
+    registered = ops.gradient_registry._registry
+    for name, entry in list(registered.items()):
+        cells = getattr(entry["type"], "__closure__", None) or ()
+        inner = [cell for each in cells for cell in getattr(each.cell_contents, "__closure__", None) or ()]
+        if any(getattr(cell.cell_contents, "__qualname__", "").startswith("ReplicaContext") for cell in inner):
+            del registered[name]
