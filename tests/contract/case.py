@@ -10,7 +10,7 @@ import tensorflow as tf
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float64")
 
-# Of the largest value: what rounding to the dtype allows, and the difference between two ways of computing in float32.
+# Relative to the largest value: one rounding to the dtype; in float32, the difference of two ways of computing.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "float64": 1e-5}
 
 
@@ -21,19 +21,19 @@ class Case:
     Args:
         ours: makes the layer.
         stock: makes the layer it replaces.
-        shapes: of its inputs, the first axis that of the batch, which must be even for two replicas.
+        shapes: the shapes of the inputs. The first axis is the batch and must be even, for two replicas.
         call: further arguments of the call.
         as_list: whether the inputs are given as one list, as Keras's `Attention` takes them.
-        output_dtype: of the output; None for the compute dtype.
+        output_dtype: the dtype of the output; None for the compute dtype.
         loads_stock_config: whether the class takes the configuration of the stock layer.
-        differentiable: whether the gradient is that of the function, so that finite differences agree with it.
+        differentiable: whether finite differences agree with the gradient.
         random: whether two calls in training differ.
-        synchronized: whether replicas return what one device returns for the whole batch.
-        masked: whether to call both with inputs that carry a Keras mask; needs inputs of rank 3 or more.
-        weights: the range of the random weights, positive for those of which some are variances.
+        synchronized: whether replicas compute together the results of one device for the whole batch.
+        masked: whether to call both layers with a Keras mask, too. Inputs need rank 3 or more.
+        weights: the range of the random weights; positive where some are variances.
         vanishing: ends of the paths of weights whose gradient is zero but for rounding.
         scale: the inputs are normally distributed with mean 1 and deviation 2, times this.
-        tolerance: of 16-bit results relative to the largest, where rounding the output is not all; state the reason.
+        tolerance: by 16-bit dtype, relative to the largest result, where more than the output is rounded. State why.
     """
 
     ours: Callable[[], keras.Layer]
@@ -63,7 +63,7 @@ class Case:
             self(layer, [keras.Input(shape[1:], batch_size=shape[0]) for shape in self.shapes])
 
     def allows(self, dtype: str) -> float:
-        """The difference to allow, of the largest value."""
+        """Returns the difference to allow, relative to the largest value."""
         return self.tolerance.get(dtype, TOLERANCE[dtype])
 
 
@@ -86,7 +86,7 @@ def gradients(layer: keras.Layer, x: tf.Tensor, upstream: tf.Tensor, call: dict[
 def gradients_of(
     case: Case, layer: keras.Layer, inputs: Sequence[tf.Tensor], upstream: tf.Tensor
 ) -> dict[str, tf.Tensor]:
-    """The same for a layer of several inputs, called as a case says."""
+    """Does the same for a layer of several inputs, called as a case says."""
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         y = case(layer, inputs)
@@ -112,7 +112,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "") -
 
 
 def assert_all_close(case: Case, actual: dict[str, Any], expected: dict[str, Any], tolerance: float, what: str) -> None:
-    """Each result against its reference, relative to that; where it is nothing but rounding, to the largest of all."""
+    """Asserts that each result is close to its reference; a vanishing one is compared with the largest of all."""
     largest = max(np.abs(np.asarray(value, "float64")).max(initial=0.0) for value in expected.values())
     for (name, value), reference in zip(actual.items(), expected.values(), strict=True):
         if name.endswith(case.vanishing or ("no such",)):
@@ -138,7 +138,7 @@ def wide_dtype(dtype: str) -> str:
 
 
 def stock_twin(case: Case, layer: keras.Layer) -> keras.Layer:
-    """Returns the stock layer, in float32 (or float64, if `layer` is), with the same weights."""
+    """Returns the stock layer with the same weights, in float32 or, under that policy, float64."""
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(wide_dtype(policy.name))
     try:
@@ -155,8 +155,8 @@ def stock_twin(case: Case, layer: keras.Layer) -> keras.Layer:
 class Subject:
     """A layer with random weights under one policy, and the numbers to call it with.
 
-    The inputs and the gradient to the output are float32 and hold values of the layer's dtypes, so that the stock layer
-    in float32 gets the same numbers.
+    The inputs and the gradient to the output are float32, with values that the layer's dtypes hold. So the stock layer
+    gets the same numbers in float32.
     """
 
     case: Case

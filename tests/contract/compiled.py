@@ -23,7 +23,7 @@ def check_compiled(subject: Subject, strategy: tf.distribute.Strategy) -> None:
 
 
 def _check_xla(subject: Subject) -> None:
-    """Compiled by XLA, and as a plain graph of unknown batch size, the numbers and the moved weights agree."""
+    """XLA finds the numbers and the moved weights of a plain graph of unknown batch size."""
     case, layer = subject.case, subject.layer
     before = layer.get_weights()
     arguments = subject.given, subject.pulled
@@ -48,7 +48,10 @@ def _check_xla(subject: Subject) -> None:
 
 
 def _check_replicas(subject: Subject, strategy: tf.distribute.Strategy) -> None:
-    """Each of two replicas returns for its half of the batch what one device does; synchronized ones, for all of it."""
+    """Each of two replicas finds the results of one device for its half of the batch.
+
+    Synchronized layers find together those for the whole batch.
+    """
     case, layer = subject.case, subject.layer
     before = layer.get_weights()
     given, pulled = subject.given, subject.pulled

@@ -1,4 +1,4 @@
-"""What every layer here promises under every dtype policy: parameters for one test a file.
+"""The promises of every layer under every dtype policy, as parameters for one test a file.
 
 @contract(CASES)
 def test_contract(check, tmp_path, mirrored):
@@ -25,9 +25,9 @@ def contract(
 ) -> pytest.MarkDecorator:
     """Parametrizes a test by `check`, a function of a folder and a strategy of two replicas.
 
-    The numbers are checked under all policies for a first case of each class, in bfloat16 for the others. Compiling
-    takes ten times as long: a first case of each class is compiled under one 16-bit policy, which alternates. The rest
-    is slow.
+    The quick suite checks the numbers of each class's first case under all policies, and of its other cases in
+    bfloat16. To compile takes ten times as long. So only the first case is compiled, and under one 16-bit policy, which
+    alternates from class to class. The slow suite checks the rest.
 
     Args:
         cases: by name.

@@ -31,7 +31,7 @@ def check_numbers(subject: Subject, folder: Path) -> None:
 
 
 def _check_variable_dtype(subject: Subject) -> None:
-    """The weights keep the variable dtype; that of `Float32` is float32 whatever the policy."""
+    """Weights have the policy's variable dtype; under `Float32` they are float32 whatever the policy."""
     policy = subject.layer.dtype_policy if subject.layer.dtype_policy.name == "float32" else keras.config.dtype_policy()
     dtypes = {weight.dtype for weight in subject.layer.weights if weight.dtype.startswith(("float", "bf"))}
     assert dtypes <= {policy.variable_dtype}
@@ -67,7 +67,7 @@ def _check_saving(subject: Subject, folder: Path) -> None:
 
 
 def _check_against_stock(subject: Subject) -> None:
-    """The function and the weights are the stock layer's, and the weights go from one to the other and back."""
+    """Results and weights are the stock layer's, and weights can be set from one to the other and back."""
     case, layer = subject.case, subject.layer
     before = layer.get_weights()
     stock = stock_twin(case, layer)
@@ -83,7 +83,7 @@ def _check_against_stock(subject: Subject) -> None:
 
 
 def _check_training_flag(subject: Subject) -> None:
-    """Both values of the flag mean what they mean to the stock layer, and the flag is that of the model around it."""
+    """Each value of `training` has the effect that it has on the stock layer."""
     case, layer = subject.case, subject.layer
     if "training" not in inspect.signature(type(layer).call).parameters:
         return
@@ -98,7 +98,7 @@ def _check_training_flag(subject: Subject) -> None:
 
 
 def _check_masks(subject: Subject) -> None:
-    """The mask that comes with the input does, and becomes, what it does with the stock layer."""
+    """An input's mask has the effect that it has on the stock layer, and so does the output's mask."""
     case, layer = subject.case, subject.layer
     if not case.masked or "mask" in case.call or any(len(shape) < 3 for shape in case.shapes):
         return
@@ -127,7 +127,7 @@ def _check_masks(subject: Subject) -> None:
 
 
 def _check_variables(subject: Subject) -> None:
-    """Variables are inputs as tensors are, and have gradients."""
+    """Variables are taken as inputs, and have gradients."""
     case, layer = subject.case, subject.layer
     before = layer.get_weights()
     given, pulled = subject.given, subject.pulled

@@ -1,4 +1,4 @@
-"""Fixtures that every test gets without asking, so that no test can change what the next one sees."""
+"""Fixtures for all tests, such as the one that keeps a test from changing the next one."""
 
 import functools
 import gc
@@ -35,9 +35,9 @@ _POLICY, _REMAPPER = keras.config.dtype_policy(), runtime.remapper_enabled()
 
 @pytest.fixture(autouse=True)
 def _isolated_global_state():
-    """Gives every test the global dtype policy and grappler's options of the start, and the same random numbers.
+    """Gives every test the first global dtype policy and grappler options, and the same random numbers.
 
-    Before it as well as after it: a fixture of a whole module, which trains in float16, comes in between.
+    It does so before and after the test: a fixture of a whole module, which trains in float16, comes in between.
     """
     _restore()
     keras.utils.set_random_seed(0)
@@ -52,13 +52,13 @@ def _restore():
 
 @pytest.fixture(params=[True, False], ids=["fast in 16 bits", "slow in 16 bits"])
 def gains_from_16_bits(request, monkeypatch):
-    """Whether the CPU is taken to gain from matmuls in 16 bits, whatever CPU is here."""
+    """Whether half-precision matmuls are taken to be faster on the CPU, whatever CPU this is."""
     monkeypatch.setattr(hardware, "cpu_gains", lambda dtype: request.param)
     return request.param
 
 
 def pytest_collection_finish():
-    """Leaves what is imported by now out of all collections, which take a tenth of the suite's time otherwise."""
+    """Leaves imported modules out of all collections, which otherwise take a tenth of the suite's time."""
     gc.collect()
     gc.freeze()
 
@@ -67,7 +67,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown(item, nextitem):
     """Frees the models and traced functions of a file, which take gigabytes by the end of the suite.
 
-    They are in cycles, and Python collects rarely where much is alive. What is alive after it goes the way of imports.
+    They are in cycles, and Python collects rarely where much is alive. Objects that survive are not collected again.
     """
     if nextitem is None or nextitem.path != item.path:
         _forget_gradients_of_all_reduce()

@@ -41,7 +41,7 @@ def dataset(rows=ROWS):
 
 
 def results(strategy):
-    """What the test compares: the same on all workers and on one device."""
+    """Returns the results that are the same on all workers and on one device."""
     found = {}
     for jit_compile in (False, True):
         model = make_model(strategy, jit_compile)
@@ -103,7 +103,7 @@ def resumable(strategy, folder, dying_worker):
     own = pathlib.Path(folder) / f"worker{worker}"
     own.mkdir(exist_ok=True)
     model = make_model(strategy, jit_compile=False, synchronized=False)
-    # As on machines of their own: only the chief can read the backup.
+    # As on separate machines, only the chief can read the backup.
     callbacks = [
         keras.callbacks.BackupAndRestore(str(own / "backup"), delete_checkpoint=False),
         keras.callbacks.ModelCheckpoint(str(own / "model.keras")),

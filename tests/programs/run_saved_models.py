@@ -1,8 +1,8 @@
 """Runs `_run_saved_model.py` for one job after another: `python -I run_saved_models.py SCRIPT PATH`.
 
-Each job is a fork of this process, made before TensorFlow's runtime starts, so that the slow import happens once. A job
-is a line of JSON on standard input: the script's arguments, the environment, the working folder, and files for standard
-output and error. The answer is a line with the exit code.
+Each job is a fork of this process, made before TensorFlow's runtime starts. So the slow import happens once. A job is a
+line of JSON on standard input. It holds the script's arguments, the environment, the working folder, and files for the
+output and the errors. The reply is a line with the exit code.
 """
 
 import json
