@@ -1,5 +1,6 @@
 """`subprocess.run` for verifications of exports, which starts TensorFlow once for all of them."""
 
+import atexit
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ PYTHON = sys.executable
 @functools.cache
 def _server(script, folders):
     command = [PYTHON, "-I", str(SERVER), script, folders]
-    return subprocess.Popen(
+    server = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -23,6 +24,14 @@ def _server(script, folders):
         text=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
+    atexit.register(_stop, server)
+    return server
+
+
+def _stop(server):
+    server.stdin.close()
+    server.stdout.close()
+    server.wait()
 
 
 def run(command, *, env, **arguments):

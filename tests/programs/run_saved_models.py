@@ -34,7 +34,8 @@ def run(main, job):
 
 
 if __name__ == "__main__":
-    script = sys.argv.pop(1)
+    script, folders = sys.argv[1:]
+    sys.argv[1:] = ["", folders]  # the script reads the second one when it is imported
     main = runpy.run_path(script, run_name="imported")["main"]
     for line in sys.stdin:
         child = os.fork()

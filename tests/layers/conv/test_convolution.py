@@ -86,8 +86,14 @@ def derivatives(layer, x, upstream, compile_by):
     return compile_by(run)(x, upstream)
 
 
-@pytest.mark.parametrize("compile_by", [lambda run: run, tf.function], ids=["eager", "graph"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "compile_by"),
+    [
+        pytest.param(name, compile_by, id=f"{name}-{how}", marks=() if number % 2 == order else pytest.mark.slow)
+        for number, name in enumerate(CASES)
+        for order, (how, compile_by) in enumerate({"graph": tf.function, "eager": lambda run: run}.items())
+    ],
+)
 def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
     ours, stock = CASES[name].ours(), CASES[name].stock()
     (shape,) = CASES[name].shapes
