@@ -45,7 +45,9 @@ def results(strategy):
     found = {}
     for jit_compile in (False, True):
         model = make_model(strategy, jit_compile)
-        history = model.fit(dataset(), epochs=2, shuffle=False, verbose=0, validation_data=(X, Y)).history
+        history = model.fit(
+            dataset(), epochs=2, shuffle=False, verbose=0, validation_data=(X, Y), validation_batch_size=BATCH
+        ).history
         bad = X[: 2 * BATCH].copy()
         bad[-1] = np.nan  # a row of the last worker's
         model.fit(bad, Y[: 2 * BATCH], batch_size=BATCH, shuffle=False, verbose=0)
