@@ -535,7 +535,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_go_on_from_where_they_were(name):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
-    model.compile(OPTIMIZERS[name](), "mse", jit_compile=False)
+    model.compile(OPTIMIZERS[name](), "mse")
     x, y = normal(8, 4), normal(8, 2)
     model.fit(x, y, epochs=3, verbose=0)
     copies = [duplicate(model), keras_mp.convert(keras_mp.convert(model, "mixed_float16"), "float32")]

@@ -1,7 +1,6 @@
 """Conversion to another policy and back: the same function, weights, classes, names and optimizer."""
 
 import functools
-import itertools
 import warnings
 
 import keras
@@ -171,8 +170,9 @@ def flat(outputs):
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        pytest.param(*each, marks=pytest.mark.slow if each == ("recurrent", "mixed_float16") else ())
-        for each in itertools.product(MODELS, MIXED)
+        pytest.param(name, policy, marks=pytest.mark.slow if (name, policy) == ("recurrent", "mixed_float16") else ())
+        for name in MODELS
+        for policy in MIXED
     ],
 )
 def test_a_model_converts_computes_the_same_trains_and_returns(name, policy):
@@ -263,8 +263,7 @@ def test_the_model_trains_on_from_where_it_was():
     """Bit for bit: there and back again, and the two take the same steps."""
     model, x = images()
     y = np.random.rand(*model(x).shape).astype("float32")
-    schedule = keras.optimizers.schedules.ExponentialDecay(1e-2, 2, 0.5)
-    model.compile(keras.optimizers.AdamW(schedule), "mse", jit_compile=False)
+    model.compile(keras.optimizers.AdamW(keras.optimizers.schedules.ExponentialDecay(1e-2, 2, 0.5)), "mse")
     model.fit(x, y, epochs=3, verbose=0)
     for policy in MIXED:
         mixed = keras_mp.convert(model, policy)
@@ -761,7 +760,7 @@ def test_what_is_excluded_from_weight_decay_stays_so(wrap, how, built, policy):
     optimizer = wrap(keras.optimizers.SGD(0.1, weight_decay=1.0))
     bias = model.layers[0].bias
     optimizer.exclude_from_weight_decay(**({"var_names": ["bias"]} if how == "names" else {"var_list": [bias]}))
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse")
     if built:
         optimizer.build(model.trainable_variables)
     converted = keras_mp.convert(model, policy)
