@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +118,17 @@ def trained(tmp_path_factory):
         "model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)\n"
         "model.save('net.keras')\n"
     )
+    (folder / "block.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Block(keras.layers.Layer):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.inner = keras.layers.Dense(3)\n"
+        "    def call(self, inputs):\n"
+        "        return self.inner(inputs)\n"
+    )
+    program += "import block\nx = keras.Input((3,))\nkeras.Model(x, block.Block()(x)).save('block.keras')\n"
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
     return folder
 
@@ -139,7 +151,8 @@ def test_convert_writes_the_model_under_the_policy(trained, monkeypatch):
     stock = keras.saving.load_model("net.keras")
     for weight, other in zip(mixed.trainable_variables, stock.trainable_variables, strict=True):
         np.testing.assert_array_equal(weight, other)
-    assert {entry.name for entry in trained.iterdir() if entry.suffix == ".keras"} == {"net.keras", "mixed.keras"}
+    made = {"net.keras", "block.keras", "mixed.keras"}
+    assert {entry.name for entry in trained.iterdir() if entry.suffix == ".keras"} == made
     assert not [entry for entry in trained.iterdir() if entry.name.startswith(".")]
 
 
@@ -181,23 +194,10 @@ def test_convert_says_what_is_missing(trained, monkeypatch, arguments, code, wor
     assert not (trained / "out.keras").exists()
 
 
-def test_convert_says_how_to_load_what_a_layer_of_ones_own_makes(tmp_path):
-    program = (
-        "import keras, sys\n"
-        "@keras.saving.register_keras_serializable('mine')\n"
-        "class Block(keras.layers.Layer):\n"
-        "    def __init__(self, **kwargs):\n"
-        "        super().__init__(**kwargs)\n"
-        "        self.inner = keras.layers.Dense(3)\n"
-        "    def call(self, inputs):\n"
-        "        return self.inner(inputs)\n"
-        "if __name__ == '__main__':\n"
-        "    x = keras.Input((3,))\n"
-        "    keras.Model(x, Block()(x)).save('net.keras')\n"
-    )
-    (tmp_path / "block.py").write_text(program)
-    subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, capture_output=True)
-    convert = ["convert", "net.keras", "out.keras", "--policy", "mixed_bfloat16", "--import", "block"]
+def test_convert_says_how_to_load_what_a_layer_of_ones_own_makes(trained, tmp_path):
+    for name in ("block.py", "block.keras"):
+        shutil.copy(trained / name, tmp_path)
+    convert = ["convert", "block.keras", "out.keras", "--policy", "mixed_bfloat16", "--import", "block"]
     told = subprocess.run(
         [sys.executable, "-m", "keras_mp", *convert], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout

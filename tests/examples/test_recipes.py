@@ -53,7 +53,12 @@ def assert_is_a_picture(path, width):
 
 
 @pytest.mark.parametrize(
-    ("policy", "jit_compile"), [("mixed_float16", False), ("mixed_float16", True), ("mixed_bfloat16", False)]
+    ("policy", "jit_compile"),
+    [
+        ("mixed_float16", True),
+        ("mixed_bfloat16", False),
+        pytest.param("mixed_float16", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gan_trains_and_each_optimizer_keeps_its_own_scale(policy, jit_compile):
     images, image_shape = gan.load_images("digits", 16, seed=0)
@@ -140,8 +145,15 @@ def penalty_and_gradients(critic, images, scale, jit_compile=False):
     return float(penalty), np.concatenate([np.ravel(gradient) for gradient in gradients])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("policy", "jit_compile"),
+    [
+        ("mixed_float16", False),
+        ("mixed_bfloat16", True),
+        pytest.param("mixed_float16", True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_penalty_is_that_of_a_float32_twin(policy, jit_compile, images):
     twin = make_critic("float32")
     kernel = twin.layers[-2].kernel

@@ -1,6 +1,7 @@
 """The optimizer's promises on several replicas of one process: agreement on what is finite, and equality."""
 
 import functools
+import itertools
 import math
 import warnings
 
@@ -13,6 +14,7 @@ import keras_mp
 from keras_mp.errors import ArgumentError, LossScaleStuckError
 
 INF, NAN = math.inf, math.nan
+SLOW = pytest.mark.slow
 BATCH = 8
 
 
@@ -261,9 +263,15 @@ STATEFUL = functools.partial(
 )
 
 
-@pytest.mark.parametrize("how", ["graph", "eager"])
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(
+    ("replicas", "jit_compile", "how"),
+    [
+        pytest.param(
+            *ways, marks=() if ways in ((2, True, "graph"), (2, False, "eager"), (4, False, "graph")) else SLOW
+        )
+        for ways in itertools.product([2, 4], [False, True], ["graph", "eager"])
+    ],
+)
 def test_a_bad_value_on_any_replica_skips_the_step_on_all(replicas, jit_compile, how, mirrored):
     """Promises 1 and 2."""
     cases = [(NAN, [0]), (NAN, [1]), (INF, [0]), (INF, [replicas - 1]), (-INF, [1]), (INF, range(replicas))]
