@@ -22,13 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from keras_mp._compat import execution, keras_models  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import tensorflow as tf
 import typer
 
 from benchmarks import attention, harness, layers, workloads
+from keras_mp._compat import execution, keras_models
 
 __all__ = [
     "TARGETS",

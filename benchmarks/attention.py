@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import typer
 
+import keras_mp
 from benchmarks import harness, layers
 from benchmarks.harness import Case, Comparison
 

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from benchmarks import harness, training, workloads  # isort: skip  (first, so that TensorFlow's banner stays out)
-
 import tensorflow as tf
 import typer
 
 # TensorFlow has no public name for the format that its profiler writes.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from benchmarks import harness, training, workloads
 from benchmarks.harness import Grid
 
 __all__ = ["Parts", "parts", "time_ops"]

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 import typer
 
+import keras_mp
 from benchmarks import harness
 from benchmarks.harness import Case, Comparison, Grid, Group
 

@@ -16,12 +16,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_mp
 from benchmarks.harness import Case, Comparison, Group, command
 
 __all__ = [

@@ -6,12 +6,11 @@ The gradients are there before the step, in float32 and multiplied by the loss s
 import functools
 from collections.abc import Callable, Sequence
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_mp
 from benchmarks.harness import Case, Comparison, Group, command
 
 __all__ = ["GROUPS", "make_step"]

@@ -21,13 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from benchmarks import harness, workloads  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 import typer
 
+from benchmarks import harness, workloads
 from benchmarks.harness import Case, Comparison, Grid
 from benchmarks.workloads import OURS, STOCK, Kit, Workload
 

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
+
+import keras_mp
 
 __all__ = ["APPLICATIONS", "LANGUAGE_MODEL", "OURS", "STOCK", "WORKLOADS", "Application", "Kit", "Workload", "make"]
 

@@ -15,14 +15,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only errors: the screen is
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import rich
 import tensorflow as tf
 import typer
 from rich.table import Table
 
+import keras_mp
 from examples import image_classification
 from examples.digits import build_model
 

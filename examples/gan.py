@@ -13,15 +13,14 @@ import math
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import numpy as np
 import rich
 import tensorflow as tf
 import typer
 from rich.table import Table
 
+import keras_mp
 from examples import image_classification
 
 OUTPUT = pathlib.Path(__file__).parent / "output"

@@ -30,13 +30,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only errors: the screen is
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import rich
 import tensorflow as tf
 import typer
 
+import keras_mp
 from examples.gan import GAN, LATENT_SIZE, OUTPUT, build_discriminator, build_generator, draw, load_images, train
 
 
