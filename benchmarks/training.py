@@ -8,8 +8,8 @@ The peak of resident memory is that of a process that takes five steps, less wha
 weights, the state of the optimizer, compilers and programs, and what grows with the rows of a batch. That last alone is
 what a second process, with twice the rows, needs in addition.
 `python -m benchmarks.training curves` trains each workload for 300 steps, in batches of an eighth of the rows: five
-seeds of stock float32, and the first of them in ours. `python -m benchmarks.training summary` prints the README's table
-and draws its plot from what the others have written.
+seeds of stock float32, and the first of them in ours. `python -m benchmarks.training summary` prints the table in
+docs/measured.md and draws its plot, from the files of the other commands.
 """
 
 import dataclasses
@@ -173,7 +173,7 @@ def speedup(group: Mapping[str, Any], case: str, against: str) -> float | None:
 
 
 def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of the README's table.
+    """The lines of the table in docs/measured.md.
 
     Args:
         results: as the JSON file of the times holds them.
@@ -342,7 +342,7 @@ def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
 
 @app.command("summary")
 def print_summary(output: Output = harness.RESULTS) -> None:
-    """Print the README's table and draw its plot."""
+    """Print the table in docs/measured.md and draw its plot."""
     if not (path := output / "training.json").exists():
         raise typer.BadParameter(f"There are no results in {output}. Run `python -m benchmarks.training` first.")
     results = json.loads(path.read_text())
