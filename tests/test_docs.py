@@ -10,6 +10,7 @@ import pytest
 
 from keras_mp.distribution import cluster
 from keras_mp.distribution.launch import launch
+from tests.test_structure import ORDER
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "docs", "examples", "findings", "saved_models", "benchmarks")
@@ -134,3 +135,9 @@ def test_workers_share_files_and_elements(tmp_path):
 def test_the_example_of_tf_config_is_one():
     text = re.search(r"TF_CONFIG='(.*?)'", (ROOT / DISTRIBUTION).read_text()).group(1)
     assert cluster.from_environment({"TF_CONFIG": text}).own_address == "10.0.0.2:12345"
+
+
+def test_the_page_on_the_structure_lists_the_rooms_in_the_order_of_imports():
+    cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (ROOT / "docs" / "structure.md").read_text(), re.MULTILINE)
+    rooms = [name for cell in cells for name in re.findall(r"\w+", cell)]
+    assert rooms == [room for room in ORDER if room != "__main__"]
