@@ -1,4 +1,4 @@
-"""The harness's arithmetic and its tables; no time is asserted here."""
+"""The harness's arithmetic and its tables. No test asserts a time."""
 
 import doctest
 import json
@@ -144,7 +144,7 @@ def test_a_skipped_step_is_one():
 
 
 def hundred_mib() -> list[Case]:
-    """What the test below runs in a process of its own."""
+    """A case that the test below runs in a separate process."""
     fill = tf.function(lambda: tf.reduce_sum(tf.random.uniform([100 * 2**18])))
     return [Case("100 MiB", lambda: fill().numpy()), Case("nothing", lambda: None)]
 
@@ -152,7 +152,7 @@ def hundred_mib() -> list[Case]:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lets the peak be reset")
 def test_memory_is_that_of_what_a_run_allocates_and_gives_back():
     memory = harness.memory_in_child("tests.benchmarks.test_benchmarks:hundred_mib")
-    # The reduction is free to take some scratch memory; a page here and there is the system's.
+    # The reduction may take some scratch memory, and the system some pages.
     assert all(99 < value < 105 for value in memory["100 MiB"])
     assert all(0 <= value < 1 for value in memory["nothing"])
 
@@ -212,8 +212,8 @@ def test_a_layers_step_is_that_of_the_stock_layer(workload):
     assert len(stock) == len(ours) >= 2
     largest = max(float(np.abs(result.numpy()).max()) for result in stock)
     for theirs, mine in zip(stock, ours, strict=True):
-        # float32 sums in another order, through two layers; relative to the largest number of each result, or to
-        # that of all where a result is 0 but for rounding, as the gradient to the bias of an attention's keys.
+        # Two layers sum in another order in float32. The error is relative to the largest number of each result, or of
+        # all results where one is 0 but for rounding, such as the gradient to the bias of an attention's keys.
         size = max(1e-2 * largest, float(np.abs(theirs.numpy()).max()))
         np.testing.assert_allclose(mine.numpy() / size, theirs.numpy() / size, atol=2e-4)
 
@@ -314,7 +314,7 @@ def test_whole_training_steps_are_compiled_for_accelerators(ours):
     assert list(aot.training_steps()) == [workload.name for workload in aot.TRAINING]
     cases = {layers.case_name(ours, policy) for policy in attention.POLICIES for ours in (False, True)}
     assert all(set(row) == cases for row in aot.training_steps().values())
-    # What is compiled is the whole step, of static shape, with the update: TensorFlow lowers and runs it here as well.
+    # The whole step is compiled, with static shapes and the update. TensorFlow lowers and runs it here as well.
     for workload in aot.TRAINING:
         small = workload.smaller()
         model = workloads.make(small, workloads.OURS if ours else workloads.STOCK, "float32", jit_compile=True)
@@ -363,7 +363,7 @@ def test_ways_to_train_that_are_timed_against_each_other_train_alike(mirrored, m
 def test_the_first_epochs_are_counted_and_shown():
     found = distribution.epochs(distribution.OURS_XLA, distribution.SIZES["quick"])
     assert len(found["seconds"]) == len(found["graphs"]) == distribution.EPOCHS
-    # One when the model was made, and at least one for each of the two sizes of a batch; the later epochs make none.
+    # One graph when the model was made, and at least one for each size of a batch. Later epochs make none.
     assert found["graphs"][0] >= 2
     assert found["graphs"][1:] == [found["graphs"][0]] * 2
     grids = [grid.as_json() for grid in distribution.count_traces({"a": found})]
@@ -376,7 +376,7 @@ EVERY_WORKLOAD = [*workloads.WORKLOADS, workloads.LANGUAGE_MODEL]
 
 @pytest.mark.parametrize("workload", EVERY_WORKLOAD, ids=lambda workload: workload.name)
 def test_a_workload_is_the_same_model_in_both_kits(workload):
-    """The same weights from the same seed, and outputs that agree to float32 rounding."""
+    """The same seed gives the same weights, and outputs that agree to float32 rounding."""
     small = workload.smaller()
     x, y = small.batches(1)
     stock, ours = (workloads.make(small, kit, "float32") for kit in (workloads.STOCK, workloads.OURS))

@@ -1,4 +1,4 @@
-"""The examples' loader of image-classification sets: what it yields, and what it says when it cannot."""
+"""The examples' loader of image-classification sets: its data and its errors."""
 
 import re
 import subprocess
@@ -228,8 +228,8 @@ def test_a_failed_preparation_leaves_nothing_behind_and_says_why(tmp_path):
 
 
 def test_two_processes_can_prepare_at_once_and_say_nothing(tmp_path):
-    # Each waits for the other to begin, and they share a seed: tensorflow-datasets names its folder with random
-    # numbers of Python's, and would let them write to the same one.
+    # Each waits for the other to begin, and they share a seed. tensorflow-datasets names its folder by Python's random
+    # numbers, and would let both write to the same one.
     code = (
         "import pathlib, random, sys, time\n"
         "from examples.image_classification import load\n"

@@ -23,7 +23,7 @@ stock, ops = keras.layers, keras.ops
 
 
 def images():
-    """2D layers, in bfloat16."""
+    """Makes a model of 2D layers, in bfloat16."""
     x = keras.Input((8, 8, 2))
     h = layers.Resizing(6, 6)(x)
     h = layers.Conv2D(2, 3, padding="same")(h)
@@ -42,7 +42,7 @@ def images():
 
 
 def volumes():
-    """3D layers, in bfloat16."""
+    """Makes a model of 3D layers, in bfloat16."""
     x = keras.Input((4, 4, 4, 2))
     h = layers.Conv3D(2, 2)(x)
     h = layers.Conv3DTranspose(2, 2, use_bias=False)(h)
@@ -53,7 +53,7 @@ def volumes():
 
 
 def sequences():
-    """Recurrent and 1D layers, in float16."""
+    """Makes a model of recurrent and 1D layers, in float16."""
     x = keras.Input((6, 3))
     masked = layers.GlobalAveragePooling1D()(layers.Masking()(x))
     h = layers.LSTM(3, return_sequences=True)(x)
@@ -71,7 +71,7 @@ def sequences():
 
 
 def attention():
-    """Attention, normalization, lookups, noise and activations, in bfloat16."""
+    """Makes a model of attention, normalization, lookups, noise and activations, in bfloat16."""
     x = keras.Input((4,), dtype="int32")
     embedding = layers.ReversibleEmbedding(9, 4)
     h = stock.Add()([embedding(x), layers.Embedding(9, 4)(x)])
@@ -95,7 +95,7 @@ def attention():
 
 
 def graph():
-    """What `convert` inserts: casts, float32 operations and penalties, under a map of policies to bfloat16."""
+    """Makes a converted model with all that `convert` inserts, under a map of policies."""
     x, ids = keras.Input((4,), name="x"), keras.Input((2,), name="ids")
     h = stock.Dense(4, "gelu", activity_regularizer="l2", name="first")(x)
     inner = keras.Model(a := keras.Input((2,)), stock.Concatenate(name="twice")([a, a]), name="inner")
@@ -111,7 +111,7 @@ def graph():
 
 
 def classes():
-    """A `keras_mp.Model` of one output, trained in float16 with a loss scale."""
+    """Makes a `keras_mp.Model` with one output."""
     x = keras.Input((3,))
     return keras_mp.Model(
         x, layers.Head(3, activation="softmax")(layers.Dense(3, "relu", activity_regularizer="l2")(x))
@@ -127,19 +127,19 @@ class Trained(keras_mp.Model):
         self.hidden, self.head = layers.Dense(3, "relu"), layers.Head(3)
 
     def call(self, x):
-        """The logits."""
+        """Returns the logits."""
         return self.head(self.hidden(x))
 
 
 def subclassed():
-    """The subclass, built."""
+    """Makes and builds the subclass."""
     model = Trained()
     model(np.zeros((2, 3), "float32"))
     return model
 
 
 def several():
-    """Two outputs, for two losses in one file."""
+    """Makes a model with two outputs, for two losses in one file."""
     x = keras.Input((3,))
     return keras_mp.Model(x, {"yes": layers.Head(1, name="yes")(x), "kind": layers.Head(3, name="kind")(x)})
 
@@ -166,7 +166,7 @@ MODELS = {
 
 
 def inputs(name):
-    """Rows of each input: whole numbers for `attention` and ids, which the former looks up."""
+    """Returns rows of each input: whole numbers for `attention` and for ids."""
     rng = np.random.default_rng(1)
     shapes = MODELS[name][2]
 
@@ -179,7 +179,7 @@ def inputs(name):
 
 
 def make(name):
-    """The model, new, as the file of its weights wants it."""
+    """Makes a new model, which takes the file of weights."""
     build, policy, _, _ = MODELS[name]
     before = keras.config.dtype_policy()
     try:
@@ -192,12 +192,12 @@ def make(name):
 
 
 def flat(outputs):
-    """The outputs as a list of arrays, those of a dictionary by their names."""
+    """Returns the outputs as a list of arrays, in the order of their names."""
     return [np.asarray(each) for each in keras.tree.flatten(outputs)]
 
 
 def registered():
-    """What is registered under keras_mp, but for what was made for KerasHub's classes."""
+    """Returns the names registered under keras_mp, without twins of KerasHub's classes."""
     names = (
         name.removeprefix("keras_mp>") for name in keras.saving.get_custom_objects() if name.startswith("keras_mp>")
     )
@@ -222,7 +222,7 @@ def _trained(model, name, x, loss):
 
 
 def main() -> None:
-    """Writes each model whole, its weights, its inputs and outputs; exports two; lists what is registered."""
+    """Writes each model, its weights and its outputs, exports two, and lists the registered names."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     keras.utils.set_random_seed(7)
