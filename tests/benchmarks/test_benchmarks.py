@@ -212,8 +212,8 @@ def test_a_layers_step_is_that_of_the_stock_layer(workload):
     assert len(stock) == len(ours) >= 2
     largest = max(float(np.abs(result.numpy()).max()) for result in stock)
     for theirs, mine in zip(stock, ours, strict=True):
-        # Two layers sum in another order in float32. The error is relative to the largest number of each result, or of
-        # all results where one is 0 but for rounding, such as the gradient to the bias of an attention's keys.
+        # float32 sums in another order, through two layers; relative to the largest number of each result, or to
+        # that of all where a result is 0 but for rounding, as the gradient to the bias of an attention's keys.
         size = max(1e-2 * largest, float(np.abs(theirs.numpy()).max()))
         np.testing.assert_allclose(mine.numpy() / size, theirs.numpy() / size, atol=2e-4)
 
@@ -314,7 +314,7 @@ def test_whole_training_steps_are_compiled_for_accelerators(ours):
     assert list(aot.training_steps()) == [workload.name for workload in aot.TRAINING]
     cases = {layers.case_name(ours, policy) for policy in attention.POLICIES for ours in (False, True)}
     assert all(set(row) == cases for row in aot.training_steps().values())
-    # The whole step is compiled, with static shapes and the update. TensorFlow lowers and runs it here as well.
+    # What is compiled is the whole step, of static shape, with the update: TensorFlow lowers and runs it here as well.
     for workload in aot.TRAINING:
         small = workload.smaller()
         model = workloads.make(small, workloads.OURS if ours else workloads.STOCK, "float32", jit_compile=True)
