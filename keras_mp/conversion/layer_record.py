@@ -137,12 +137,26 @@ def _differing(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> list[st
 
 
 def _computes(entry: dict[str, Any]) -> Any:
-    return [entry.get(key) for key in ("class", "policy", "operations", "output_dtype", "float32_losses")]
+    return _without_modules(
+        [entry.get(key) for key in ("class", "policy", "operations", "output_dtype", "float32_losses")]
+    )
 
 
 def _changes(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The arguments to make a layer with. One that was made without a configuration has none to compare."""
-    return {name: value for name, value in wanted.items() if name in there and there[name] != value}
+    return {
+        name: value
+        for name, value in wanted.items()
+        if name in there and _without_modules(there[name]) != _without_modules(value)
+    }
+
+
+def _without_modules(config: Any) -> Any:
+    """A configuration without the modules of registered classes, which may have moved since the file was written."""
+    if isinstance(config, dict):
+        registered = config.get("registered_name") is not None
+        return {key: _without_modules(each) for key, each in config.items() if not (registered and key == "module")}
+    return [_without_modules(each) for each in config] if isinstance(config, list) else config
 
 
 def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras.Model:
@@ -150,7 +164,7 @@ def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras
     addresses = {id(layer): address for address, layer in keras_files.layers_by_address(model).items()}
 
     def choose(layer: keras.Layer, path: str) -> Choice:
-        entry = wanted.get(addresses.get(id(layer), ""))
+        entry = wanted.get(addresses[id(layer)]) if id(layer) in addresses else None
         if entry is None:
             return Choice(type(layer), layer.dtype_policy)
         arguments = _changes(_entry(layer)["config"], entry["config"])

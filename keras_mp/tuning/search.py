@@ -383,7 +383,9 @@ class _Search:
                 del self.running[place]
 
     def _try_several_steps(self) -> None:
-        agreeing = [each for each in self.candidates if each.agrees and each.ratio is not None]
+        # A candidate that was dropped may still have the shortest step, by noise.
+        left = [self.candidates[place] for place in sorted(self.running)]
+        agreeing = [each for each in left if each.agrees and each.ratio is not None]
         best = recommend(agreeing)
         if self.steps or best is None:
             return

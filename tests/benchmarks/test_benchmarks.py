@@ -1,4 +1,4 @@
-"""The harness's arithmetic and its tables; no time is asserted here."""
+"""The harness's arithmetic and its tables. No test asserts a time."""
 
 import doctest
 import json
@@ -144,7 +144,7 @@ def test_a_skipped_step_is_one():
 
 
 def hundred_mib() -> list[Case]:
-    """What the test below runs in a process of its own."""
+    """A case that the test below runs in a separate process."""
     fill = tf.function(lambda: tf.reduce_sum(tf.random.uniform([100 * 2**18])))
     return [Case("100 MiB", lambda: fill().numpy()), Case("nothing", lambda: None)]
 
@@ -152,7 +152,7 @@ def hundred_mib() -> list[Case]:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lets the peak be reset")
 def test_memory_is_that_of_what_a_run_allocates_and_gives_back():
     memory = harness.memory_in_child("tests.benchmarks.test_benchmarks:hundred_mib")
-    # The reduction is free to take some scratch memory; a page here and there is the system's.
+    # The reduction may take some scratch memory, and the system some pages.
     assert all(99 < value < 105 for value in memory["100 MiB"])
     assert all(0 <= value < 1 for value in memory["nothing"])
 
@@ -344,11 +344,11 @@ def test_a_missing_compiler_is_said_with_what_to_install(monkeypatch):
     assert "pip install -e '.[cpu,aot]'" in result.output
 
 
-def test_the_table_of_the_readme():
+def test_the_table_of_layers_in_the_docs():
     assert doctest.testmod(summary).failed == 0
     results = json.loads(summary.RESULTS.read_text())
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "\n".join(summary.rows(results)) in readme, "python -m benchmarks.summary prints what the README is to hold"
+    page = (Path(__file__).parents[2] / "docs" / "measured.md").read_text()
+    assert "\n".join(summary.rows(results)) in page, "python -m benchmarks.summary prints the table"
 
 
 def test_ways_to_train_that_are_timed_against_each_other_train_alike(mirrored, monkeypatch):
@@ -372,7 +372,7 @@ def test_ways_to_train_that_are_timed_against_each_other_train_alike(mirrored, m
 def test_the_first_epochs_are_counted_and_shown():
     found = distribution.epochs(distribution.OURS_XLA, distribution.SIZES["quick"])
     assert len(found["seconds"]) == len(found["graphs"]) == distribution.EPOCHS
-    # One when the model was made, and at least one for each of the two sizes of a batch; the later epochs make none.
+    # One graph when the model was made, and at least one for each size of a batch. Later epochs make none.
     assert found["graphs"][0] >= 2
     assert found["graphs"][1:] == [found["graphs"][0]] * 2
     grids = [grid.as_json() for grid in distribution.count_traces({"a": found})]
@@ -385,7 +385,7 @@ EVERY_WORKLOAD = [*workloads.WORKLOADS, workloads.LANGUAGE_MODEL]
 
 @pytest.mark.parametrize("workload", EVERY_WORKLOAD, ids=lambda workload: workload.name)
 def test_a_workload_is_the_same_model_in_both_kits(workload):
-    """The same weights from the same seed, and outputs that agree to float32 rounding."""
+    """The same seed gives the same weights, and outputs that agree to float32 rounding."""
     small = workload.smaller()
     x, y = small.batches(1)
     stock, ours = (workloads.make(small, kit, "float32") for kit in (workloads.STOCK, workloads.OURS))

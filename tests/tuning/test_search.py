@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -25,6 +26,7 @@ from keras_mp.hardware.matmul_timing import ProductTimes
 from keras_mp.tuning import findings
 from keras_mp.tuning.matmul_counts import Product, Work, count_products
 from keras_mp.tuning.report import Candidate, Tuning, recommend, why_recommended
+from keras_mp.tuning.search import _Search
 from keras_mp.tuning.timing import largest_error, paired_ratio
 
 
@@ -860,3 +862,16 @@ def test_a_metric_that_cannot_be_copied_is_named():
     model.compile("sgd", "mse", metrics=[Needy(1)])
     with pytest.raises(ConversionError, match="of class Needy cannot be made again"):
         keras_mp.tune(model, (np.ones((8, 4)), np.ones((8, 2))), policies="float32", budget=10)
+
+
+def test_a_dropped_candidate_is_not_tried_again_with_several_steps(monkeypatch):
+    search = object.__new__(_Search)
+    search.steps, search.running = None, {0: types.SimpleNamespace(copy="copy")}
+    search.candidates = [
+        Candidate("float32", False, step_ms=1.0, ratio=1.0, agrees=True),
+        Candidate("mixed_bfloat16", False, step_ms=0.5, ratio=2.0, agrees=True, why="dropped"),
+    ]
+    tried = []
+    monkeypatch.setattr(_Search, "_try", lambda self, policy, *others: tried.append(policy))
+    search._try_several_steps()
+    assert tried == ["float32"]
