@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
+from keras_mp.conversion.casts import OutputCast
 from keras_mp.conversion.convert import duplicate
-from keras_mp.conversion.inserted import OutputCast
 from keras_mp.errors import ConversionError, KerasMPWarning, PolicyError
 
 layers = keras.layers

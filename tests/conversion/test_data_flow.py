@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.conversion.inserted import Float32Operation
+from keras_mp.conversion.casts import Float32Operation
 from keras_mp.errors import ConversionError, KerasMPWarning
 
 layers, ops = keras.layers, keras.ops

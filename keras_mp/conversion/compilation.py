@@ -15,13 +15,13 @@ __all__ = ["compile_alike"]
 
 
 def compile_alike(model: keras.Model, copy: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
-    """Compiles the copy of a model, and those of models in it, and sets the optimizers that attributes hold.
+    """Compiles the copy of a model and the models in it, and sets the optimizers that attributes hold.
 
     Args:
         model: a Keras model.
         copy: its copy.
         rebuild: what has made the copy.
-        keeps_wrapper: whether an optimizer is wrapped as it was, and not as the dtypes of the copy need it.
+        keeps_wrapper: whether an optimizer stays wrapped as it was. Otherwise the dtypes of the copy decide.
     """
     made: dict[int, Any] = {}
 
@@ -93,7 +93,7 @@ _FACTOR = "factor_without_wrapper"
 
 
 def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The arguments of a wrapper, without those of the optimizer in it, which need not have a configuration."""
+    """Returns the arguments of a wrapper, without its inner optimizer, which may have no configuration."""
     inner, optimizer.inner_optimizer = optimizer.inner_optimizer, keras.optimizers.SGD()
     try:
         return optimizer.get_config()
@@ -102,7 +102,7 @@ def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
 
 
 def _assign_state(wrapper: keras.optimizers.Optimizer, other: keras.optimizers.Optimizer) -> None:
-    """Gives a wrapper the state of another, of which Keras's own has less than ours."""
+    """Gives a wrapper the state of another. Keras's own wrapper has less state than ours."""
     inner = {id(variable) for each in (wrapper, other) for variable in each.inner_optimizer.variables}
     values = {variable.name: variable for variable in other.variables if id(variable) not in inner}
     for variable in wrapper.variables:
