@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp._compat import keras_layers
+from keras_mp._compat import keras_layers, keras_models
 from keras_mp.distribution import replicas
 from keras_mp.errors import DistributionError
 from keras_mp.policies import policy
@@ -195,10 +195,10 @@ class _StartLikeTheChief(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
         variables = {id(v): v for v in [*model.variables, *model.optimizer.variables]}
-        epoch = tf.constant(model._initial_epoch or 0, tf.int64)
+        epoch = tf.constant(keras_models.initial_epoch(model), tf.int64)
         values = [tf.convert_to_tensor(variable.value) for variable in variables.values()]
         strategy = self._strategy
         *values, epoch = _summed(strategy, [*values, epoch], is_chief(strategy))
         for variable, value in zip(variables.values(), values, strict=True):
             variable.assign(value)
-        model._initial_epoch = int(epoch)
+        keras_models.set_initial_epoch(model, int(epoch))
