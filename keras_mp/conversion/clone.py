@@ -313,7 +313,7 @@ class Rebuild(Copier):
             outputs = self._finish_outputs(outputs)
         keras_models.Functional.__init__(copy, inputs=inputs, outputs=outputs, name=model.name)
 
-    def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, operation: keras.Operation, *args: Any, **kwargs: Any) -> Any:
         """Calls the copy of a layer or of an operation of a graph."""
         if isinstance(operation, keras.Layer):
             return self.layer(operation)(*args, **kwargs)
@@ -328,7 +328,7 @@ def _input_like(tensor: keras.KerasTensor) -> keras.KerasTensor:
     return type(layer).from_config(layer.get_config()).output
 
 
-def _copied_operation(operation: Any) -> Any:
+def _copied_operation(operation: keras.Operation) -> keras.Operation:
     try:
         copy = type(operation).from_config(operation.get_config())
     except (NotImplementedError, TypeError, ValueError):
@@ -338,7 +338,7 @@ def _copied_operation(operation: Any) -> Any:
     return copy
 
 
-def _itself(operation: Any) -> Any:
+def _itself(operation: keras.Operation) -> keras.Operation:
     return operation
 
 

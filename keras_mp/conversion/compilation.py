@@ -1,5 +1,6 @@
 """Compiles the copy of a model as the model is, with optimizers that go on from the same state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -23,7 +24,7 @@ def compile_alike(model: keras.Model, copy: keras.Model, rebuild: Rebuild, keeps
         rebuild: what has made the copy.
         keeps_wrapper: whether an optimizer stays wrapped as it was. Otherwise the dtypes of the copy decide.
     """
-    made: dict[int, Any] = {}
+    made: dict[int, keras.optimizers.Optimizer] = {}
 
     def carry(optimizer: keras.optimizers.Optimizer, owner: keras.Model = copy) -> keras.optimizers.Optimizer:
         if id(optimizer) not in made:
@@ -36,7 +37,9 @@ def compile_alike(model: keras.Model, copy: keras.Model, rebuild: Rebuild, keeps
     rebuild.set_optimizers(carry)
 
 
-def _compile(model: keras.Model, copy: keras.Model, rebuild: Rebuild, carry: Any) -> None:
+def _compile(
+    model: keras.Model, copy: keras.Model, rebuild: Rebuild, carry: Callable[..., keras.optimizers.Optimizer]
+) -> None:
     arguments = keras_models.compile_arguments(model)
     loss = arguments["loss"]
     for name in ("metrics", "weighted_metrics"):

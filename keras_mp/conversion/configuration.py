@@ -21,13 +21,13 @@ _WITHOUT_NAMES = (
 )
 
 
-def unmade(cls: Any) -> Any:
+def unmade(cls: Any) -> keras.Layer:
     """Returns an instance whose constructor has not run."""
     return cls.__new__(cls)
 
 
 def made_alike(
-    cls: Any, layer: keras.Layer, config: dict[str, Any], policy: keras.DTypePolicy, given: dict[str, Any]
+    cls: type[keras.Layer], layer: keras.Layer, config: dict[str, Any], policy: keras.DTypePolicy, given: dict[str, Any]
 ) -> keras.Layer:
     """Returns a layer made from the configuration of another. It is built if the other is, and not quantized.
 

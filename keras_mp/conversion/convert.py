@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp._compat import keras_layers, keras_models
@@ -24,7 +25,7 @@ from keras_mp.conversion.clone import Choice, Rebuild
 from keras_mp.conversion.compilation import compile_alike
 from keras_mp.conversion.data_flow import Flow, flow_of
 from keras_mp.conversion.outputs import in_float32, output_layers, symbolic_outputs
-from keras_mp.conversion.tracing import input_specs, is_foreign, trace
+from keras_mp.conversion.tracing import Specs, input_specs, is_foreign, trace
 from keras_mp.conversion.twins import SAFE, SAFE_ACTIVATIONS, STOCK, STOCK_ACTIVATIONS
 from keras_mp.errors import ConversionError, KerasMPWarning
 from keras_mp.layers.core.reversible_embedding import twin_for_keras_hub
@@ -193,7 +194,7 @@ class _Conversion:
     def is_left(self, layer: keras.Layer, path: str) -> bool:
         return type(layer) in self.left or path in self.left
 
-    def warn(self, converted: keras.Model, outputs: list[Any], attempt: "_Attempt") -> None:
+    def warn(self, converted: keras.Model, outputs: list[keras.KerasTensor | tf.Tensor], attempt: "_Attempt") -> None:
         messages = []
         by_path = keras_layers.layers_by_path(converted)
         for key, reason in self.left.items():
@@ -240,7 +241,7 @@ class _Attempt:
                 converted.output_names = list(self.model.output_names)  # the keys of losses given by name
         return converted
 
-    def try_out(self, converted: keras.Model) -> list[Any]:
+    def try_out(self, converted: keras.Model) -> list[keras.KerasTensor | tf.Tensor]:
         """Traces the copy as it will run, and returns its outputs where they are known.
 
         Layers of Keras and of ours are known to run. A mode in which the model itself fails is left out.
@@ -359,7 +360,9 @@ class _Attempt:
         outer = "/".join(path.split("/")[:-1])
         return "float32" if self.is_in_float32(outer) else named_policy(self.wanted, outer)[0].compute_dtype
 
-    def choose_operation(self, operation: Any, copy: Any, args: Any, kwargs: Any) -> Any:
+    def choose_operation(
+        self, operation: keras.Operation, copy: keras.Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> keras.Operation:
         if isinstance(copy, Float32Operation):
             copy = copy.operation
         if not self.conversion.narrow:
@@ -379,7 +382,7 @@ class _Attempt:
         return foreign or list(dict.fromkeys(found))
 
 
-def _runs(model: keras.Model, specs: Any, training: bool) -> bool:
+def _runs(model: keras.Model, specs: Specs, training: bool) -> bool:
     try:
         trace(model, specs, training)
     except Exception:  # any error of the user's code

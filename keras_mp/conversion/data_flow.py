@@ -11,7 +11,6 @@ TensorFlow's operations. For each layer, the graph tells which numbers reach it 
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -86,7 +85,7 @@ def _data_layers() -> tuple[type, ...]:
 class _Node:
     """An operation outside all units, or the call of a unit."""
 
-    def __init__(self, place: int, unit: Call | None, operations: list[Any], computing: bool) -> None:
+    def __init__(self, place: int, unit: Call | None, operations: list[tf.Operation], computing: bool) -> None:
         self.place, self.unit, self.operations = place, unit, operations
         self.inputs: list[tf.Tensor] = []
         self.computing = computing
@@ -372,7 +371,7 @@ def _parents(call: Call) -> Iterator[Call]:
         parent = parent.parent
 
 
-def _is_whole(layer: Any) -> bool:
+def _is_whole(layer: keras.Operation) -> bool:
     """Whether a layer is read as a whole: it holds no others, or its use of them is known."""
     if not isinstance(layer, keras.Layer) or isinstance(layer, keras.Model):
         return False

@@ -39,7 +39,7 @@ def _last_layers(layer: keras.Layer) -> list[keras.Layer]:
     return [layer]
 
 
-def symbolic_outputs(model: keras.Model) -> list[Any]:
+def symbolic_outputs(model: keras.Model) -> list[keras.KerasTensor]:
     """Returns the symbolic outputs of a model, or an empty list where it has none."""
     try:
         return list(model.outputs)

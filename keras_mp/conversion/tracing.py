@@ -1,6 +1,7 @@
 """A trace of a model's call: the graph of its operations, and each layer's call in it."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ def input_specs(model: keras.Model) -> list[Specs]:
     for dtype in ("float32", "int32", "string"):
         for free in (True, False):  # some code needs to know the batch size
 
-            def symbol(shape: Any, dtype: str = dtype, free: bool = free) -> keras.KerasTensor:
+            def symbol(shape: Sequence[int | None], dtype: str = dtype, free: bool = free) -> keras.KerasTensor:
                 shape = tuple(shape)
                 if len(shape) > 0 and not free:
                     shape = (shape[0] or 2, *shape[1:])
@@ -88,7 +89,7 @@ def _short(symbol: keras.KerasTensor) -> keras.KerasTensor:
     return keras.KerasTensor(shape, symbol.dtype, sparse=symbol.sparse)
 
 
-def trace(model: keras.Model, specs: Specs, training: bool, running: list[Any] | None = None) -> Traced:
+def trace(model: keras.Model, specs: Specs, training: bool, running: list[keras.Operation] | None = None) -> Traced:
     """Runs a model's code on placeholders. It changes no variable and no loss of the model.
 
     Args:

@@ -1,7 +1,7 @@
 """Replicas of `tf.distribute` that act as one device: their sums, and a program run alike on every device."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -20,8 +20,11 @@ __all__ = [
     "sum_over_replicas",
 ]
 
+# A dense or sparse tensor.
+_Value: TypeAlias = "tf.Tensor | tf.IndexedSlices"
 
-def sum_over_replicas(values: "Sequence[tf.Tensor | tf.IndexedSlices | None]") -> list[Any]:
+
+def sum_over_replicas(values: "Sequence[_Value | None]") -> list[_Value]:
     """Adds up the values of all replicas. Every replica of every worker gets the same sums.
 
     Args:
@@ -33,7 +36,8 @@ def sum_over_replicas(values: "Sequence[tf.Tensor | tf.IndexedSlices | None]") -
     """
     if not tf.distribute.has_strategy():
         return list(values)
-    context, sums = tf.distribute.get_replica_context(), list(values)
+    context = tf.distribute.get_replica_context()
+    sums: list[Any] = list(values)
     # One collective for each dtype: workers pack tensors into one, which has one dtype.
     for dtype in dict.fromkeys(value.dtype for value in values if value is not None):
         places = [place for place, value in enumerate(values) if value is not None and value.dtype == dtype]
@@ -43,7 +47,7 @@ def sum_over_replicas(values: "Sequence[tf.Tensor | tf.IndexedSlices | None]") -
     return sums
 
 
-def _gatherable(value: "tf.Tensor | tf.IndexedSlices") -> "tf.Tensor | tf.IndexedSlices":
+def _gatherable(value: _Value) -> _Value:
     """Returns a value in a form that can be sent. Sparse values are gathered, and TensorFlow gathers no bfloat16.
 
     So their bits are sent as float16, and nothing computes with that.
@@ -128,7 +132,7 @@ def assign_from_replicas(state: "Sequence[tuple[keras.Variable, tf.Tensor]]", sh
 
 
 def apply_on_each_device(
-    optimizer: keras.optimizers.Optimizer, gradients: Sequence[Any], variables: Sequence[keras.Variable]
+    optimizer: keras.optimizers.Optimizer, gradients: "Sequence[_Value | None]", variables: Sequence[keras.Variable]
 ) -> None:
     """Applies the sum of all replicas' gradients with a Keras optimizer, as one device would.
 
@@ -178,7 +182,7 @@ def once_for_all_replicas(make_variables: Callable[[], None], variables: Sequenc
 
 def on_each_device(
     program: Callable[..., None],
-    arguments: Any,
+    arguments: Sequence[Any],
     variables: Sequence[keras.Variable],
     optimizers: Sequence[keras.optimizers.Optimizer],
 ) -> None:
@@ -224,7 +228,7 @@ def on_each_device(
     context.merge_call(on_all_devices, args=(arguments,))
 
 
-def _local(strategy: tf.distribute.Strategy, value: Any, index: int) -> Any:
+def _local(strategy: tf.distribute.Strategy, value: tf.Tensor | None, index: int) -> tf.Tensor | None:
     return value if value is None else strategy.experimental_local_results(value)[index]
 
 

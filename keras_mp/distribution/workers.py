@@ -1,7 +1,8 @@
 """The workers of a multi-worker job: the chief, the callbacks of each, and the error for a lost worker."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -14,6 +15,9 @@ from keras_mp.errors import DistributionError
 from keras_mp.policies import policy
 
 __all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several", "require_alike"]
+
+# A form in which `fit` takes callbacks.
+_Callbacks: TypeAlias = "keras.callbacks.Callback | keras.callbacks.CallbackList | Sequence[keras.callbacks.Callback]"
 
 # They write files that all workers would write at once.
 _WRITERS = (
@@ -53,7 +57,9 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type == "chief" or ("chief" not in jobs and resolver.task_id == 0)
 
 
-def callbacks_here(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
+def callbacks_here(
+    callbacks: "_Callbacks | None", strategy: tf.distribute.Strategy
+) -> keras.callbacks.CallbackList | list[keras.callbacks.Callback]:
     """Returns the callbacks that this worker runs. Only the chief runs callbacks that write files.
 
     Where one of them restores a backup, all workers begin with the chief's weights, optimizer and epoch. They need not
@@ -65,7 +71,7 @@ def callbacks_here(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
-    given = list(keras.tree.flatten(callbacks)) if callbacks is not None else []
+    given: list[keras.callbacks.Callback] = list(keras.tree.flatten(callbacks)) if callbacks is not None else []
     here = [each for each in given if is_chief(strategy) or not isinstance(each, _WRITERS)]
     if any(isinstance(each, keras.callbacks.BackupAndRestore) for each in given):
         here.append(_StartLikeTheChief(strategy))
@@ -172,8 +178,8 @@ def _summed(strategy: tf.distribute.Strategy, values: list[tf.Tensor], gives: bo
     """Returns the sums of the values from those workers whose `gives` is true."""
 
     @tf.function(autograph=False)
-    def share(values: list[tf.Tensor]) -> Any:
-        def on_replica() -> Any:
+    def share(values: list[tf.Tensor]) -> list[tf.Tensor]:
+        def on_replica() -> list[tf.Tensor]:
             # The first replica of a worker gives its values.
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             first = tf.equal(replica % len(strategy.extended.worker_devices), 0)
@@ -192,7 +198,7 @@ class _StartLikeTheChief(keras.callbacks.Callback):
         super().__init__()
         self._strategy = strategy
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
         variables = {id(v): v for v in [*model.variables, *model.optimizer.variables]}
         epoch = tf.constant(keras_models.initial_epoch(model), tf.int64)

@@ -48,7 +48,11 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
     ['mixed_float16', 'float32', 'mixed_bfloat16']
     """
 
-    def __init__(self, default_policy: Any = None, policy_map: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        default_policy: str | keras.DTypePolicy | None = None,
+        policy_map: Mapping[str, str | keras.DTypePolicy] | None = None,
+    ) -> None:
         if policy_map is not None and not isinstance(policy_map, Mapping):
             raise PolicyError(
                 f"`policy_map` must be a dictionary from patterns to policies, such as {{'.*/logits': 'float32'}}. "
@@ -81,7 +85,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
                 return self._agreed(path, matches)
         return self.default_policy
 
-    def __setitem__(self, key: str, policy: Any) -> None:
+    def __setitem__(self, key: str, policy: str | keras.DTypePolicy) -> None:
         if not isinstance(key, str):
             raise PolicyError(
                 f"A pattern is a string, matched against the paths of layers. Received: {key!r} of type "
@@ -156,7 +160,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "PolicyMap":
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "PolicyMap":
         """Makes a map from the result of `get_config`.
 
         Args:
@@ -164,7 +168,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
             custom_objects: dictionary from names to classes of policies that are not registered.
         """
 
-        def policy(value: Any) -> Any:
+        def policy(value: str | dict[str, Any]) -> str | keras.DTypePolicy:
             return keras.dtype_policies.deserialize(value, custom_objects) if isinstance(value, dict) else value
 
         policies = {pattern: policy(value) for pattern, value in config["policy_map"].items()}
@@ -210,7 +214,7 @@ def named_policy(policy: keras.DTypePolicy, path: str) -> tuple[keras.DTypePolic
     return policy, False
 
 
-def _policy(policy: Any) -> keras.DTypePolicy:
+def _policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     if not isinstance(policy, (str, keras.DTypePolicy)):
         raise PolicyError(
             f"Expected the name of a dtype policy or a keras.DTypePolicy, received {policy!r} of type "
