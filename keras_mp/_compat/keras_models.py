@@ -21,12 +21,14 @@ __all__ = [
     "compile_arguments",
     "compute_loss",
     "first_of_generator",
+    "initial_epoch",
     "is_functional",
     "make_function",
     "origin",
     "preprocessing_classes",
     "run_through_graph",
     "seed_states",
+    "set_initial_epoch",
     "sources",
     "without_remat",
 ]
@@ -68,6 +70,16 @@ def first_of_generator(iterator: Any) -> Any:
     """
     batches = getattr(iterator.data_adapter, "_first_batches", None)
     return batches[0] if batches else None
+
+
+def initial_epoch(model: keras.Model) -> int:
+    """Returns the epoch that `BackupAndRestore` makes `fit` begin with. Keras keeps it under a private name alone."""
+    return model._initial_epoch or 0
+
+
+def set_initial_epoch(model: keras.Model, epoch: int) -> None:
+    """Sets the epoch that `fit` begins with, as `BackupAndRestore` does."""
+    model._initial_epoch = epoch
 
 
 def is_functional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""How long a matrix product takes in float32 and in 16 bits on a device that is here."""
+"""The time of a matmul in float32 and in a 16-bit dtype on a device of this machine."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 __all__ = ["ProductTimes", "settle", "time_products"]
 
-# The gain in a bare product below which the casts of a training step leave nothing of it.
+# Below this gain of a bare matmul, the casts of a training step use it up.
 _WORTHWHILE = 1.2
 
 _SIZE = 768
@@ -23,22 +23,22 @@ _ROUNDS = 7
 _ROUNDS_AT_MOST = 61
 _SECONDS_AT_MOST = 2.0
 
-# How far from the threshold, as a logarithm, the ratio of one round has to be for it to be told from it; of n rounds a
-# square root of n less. It is over three standard errors of the median where each time varies by a tenth.
+# The least distance of one round's ratio from the threshold, as a logarithm, that counts as clear. For n rounds it is
+# less by the square root of n. It is over three standard errors of the median where each time varies by a tenth.
 _MARGIN = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTimes:
-    """How long one matrix product takes in float32 and in a 16-bit dtype.
+    """The time of one matmul in float32 and in a 16-bit dtype.
 
     Args:
         device: `"CPU"`, `"GPU"` or `"TPU"`.
         size: rows and columns of both factors.
         dtype: the 16-bit dtype.
-        float32_ms: median time of the product in float32, in milliseconds.
-        dtype_ms: median time of the product in `dtype`, in milliseconds.
-        clear: whether the ratio is so far from the threshold that another run would give the same answer.
+        float32_ms: median time of the matmul in float32, in milliseconds.
+        dtype_ms: median time of the matmul in `dtype`, in milliseconds.
+        clear: whether the ratio is far enough from the threshold to be the same in another run.
     """
 
     device: str
@@ -50,12 +50,12 @@ class ProductTimes:
 
     @property
     def ratio(self) -> float:
-        """How many times faster the 16-bit product is than the float32 one."""
+        """How many times faster the 16-bit matmul is than the float32 one."""
         return self.float32_ms / self.dtype_ms
 
     @property
     def gains(self) -> bool:
-        """Whether the 16-bit product is so much faster that a training step gains from it; no where it is not clear."""
+        """Whether a training step gains from the 16-bit matmul. False where the ratio is not clear."""
         return self.clear and self.ratio >= _WORTHWHILE
 
     def __str__(self) -> str:
@@ -70,10 +70,10 @@ class ProductTimes:
 def settle(rounds: Iterable[tuple[float, float]]) -> tuple[float, float, bool]:
     """Takes rounds until their medians tell on which side of the threshold the ratio is, or there are enough.
 
-    So the answer is the same from run to run, and only what is near the threshold is timed for longer.
+    So the result is the same from run to run, and only a ratio near the threshold is timed for longer.
 
     Args:
-        rounds: milliseconds of a product in float32 and in 16 bits, of one round after another; one at least.
+        rounds: for each round, milliseconds of a matmul in float32 and in the 16-bit dtype. At least one.
 
     Returns:
         Both medians, and whether their ratio is clearly above or below the threshold.
@@ -97,7 +97,7 @@ def settle(rounds: Iterable[tuple[float, float]]) -> tuple[float, float, bool]:
 
 
 def time_products(dtype: str, device: str) -> ProductTimes:
-    """Times the product of two matrices in float32 and in a 16-bit dtype, in turns.
+    """Times a matmul in float32 and in a 16-bit dtype, in turns.
 
     Args:
         dtype: `"bfloat16"` or `"float16"`.
@@ -109,13 +109,13 @@ def time_products(dtype: str, device: str) -> ProductTimes:
 
 
 def _factors(dtype: str) -> dict[str, np.ndarray]:
-    # Scaled so that a chain of products keeps its magnitude: neither overflow nor subnormal numbers are timed.
+    # Scaled so that a chain of matmuls keeps its magnitude: neither overflow nor subnormal numbers are timed.
     factor = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)) / _SIZE**0.5
     return {each: factor.astype(tf.as_dtype(each).as_numpy_dtype) for each in ("float32", dtype)}
 
 
 def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
-    # A session of its own, because the first eager op would start the runtime and so forbid to configure it later.
+    # In a session, because the first eager op would start the runtime, which could not be configured later.
     graph = tf.Graph()
     with graph.as_default():
         products = {}
@@ -138,7 +138,7 @@ def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
 def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> tuple[float, float, bool]:
     with tf.device(f"/device:{device}:0"):
         tensors = {dtype: tf.constant(factor) for dtype, factor in factors.items()}
-        # One number is fetched, which waits for the product and copies next to nothing.
+        # Fetching one number waits for the matmul and copies next to nothing.
         return settle(
             _rounds(
                 {
@@ -157,7 +157,7 @@ def _chain(factor: tf.Tensor) -> tf.Tensor:
 
 
 def _rounds(runs: Mapping[str, Callable[[], object]]) -> Iterator[tuple[float, float]]:
-    """Milliseconds of one product of each dtype, taken in turns after a warm-up, for as long as there is time."""
+    """Yields milliseconds of one matmul of each dtype, taken in turns after a warm-up, until the time is up."""
     for run in runs.values():
         run()
     end = time.perf_counter() + _SECONDS_AT_MOST

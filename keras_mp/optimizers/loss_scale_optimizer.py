@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp._compat import execution, graph_errors, keras_files, keras_hooks, keras_variables, patches
-from keras_mp.distribution import strategies
+from keras_mp.distribution import replicas
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.optimizers import half_variables, provenance
 from keras_mp.optimizers.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
@@ -417,7 +417,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if tf.distribute.has_strategy():
             grads, loss_finite = self._over_replicas(grads, variables, loss_finite, unscaled=any(done))
             scale = tf.ones([])
-        strategies.on_each_device(
+        replicas.on_each_device(
             lambda grads, loss_finite, scale: self._step(grads, variables, loss_finite, scale),
             (grads, loss_finite, scale),
             variables=[v for v in [*variables, *self.variables] if isinstance(v, keras.Variable)],
@@ -444,7 +444,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         variables = list(variables)
         if not self.built:
-            strategies.once_for_all_replicas(lambda: self.build(variables), variables)
+            replicas.once_for_all_replicas(lambda: self.build(variables), variables)
         with tf.GradientTape() as tape:
             unscaled = tf.convert_to_tensor(loss())
             scaled = self.scale_loss(unscaled)
@@ -580,7 +580,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "where there is none: optimizer.apply(tape.gradient(loss, variables), variables)"
             )
         if not self.built:
-            strategies.once_for_all_replicas(lambda: self.build(variables), variables)
+            replicas.once_for_all_replicas(lambda: self.build(variables), variables)
         return variables
 
     def _over_replicas(
@@ -601,13 +601,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return _as_dtype(unscale(gradient, _reciprocal_if(unscaled, scale)), self.reduce_dtype)
 
         given = [None if g is None or over else prepared(g) for g, over in zip(grads, replaced, strict=True)]
-        *sums, bad_losses = strategies.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
+        *sums, bad_losses = replicas.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
         if self.reduce_dtype != "float32":
             sums = [None if s is None else unscale(s, scale if scaled else tf.ones([])) for s in sums]
         for index, (gradient, over) in enumerate(zip(grads, replaced, strict=True)):
             if over and gradient is not None:
                 # The history of largest values, and a scale that grows with them: the global batch has their maximum.
-                sums[index] = strategies.maximum_over_replicas(gradient)
+                sums[index] = replicas.maximum_over_replicas(gradient)
         return sums, bad_losses == 0
 
     def _step(

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_mp import hardware
 from keras_mp._compat import keras_hooks, keras_layers, keras_models, patches, tf_replicas
-from keras_mp.distribution import strategies, workers
+from keras_mp.distribution import replicas, strategies, workers
 from keras_mp.errors import (
     ArgumentError,
     CompilationError,
@@ -250,7 +250,7 @@ class Model(keras.Model):
         # The scale, whatever the optimizer's way to apply it; and it is told the loss, to blame it where it must.
         scale = optimizer.scale_loss(tf.ones([])) if variables else None
         done = self._run(x, y, sample_weight, training=True, scale=scale, share=share)
-        strategies.assign_from_replicas(done.state, share)
+        replicas.assign_from_replicas(done.state, share)
         if variables:
             optimizer.scale_loss(done.loss)
             self._apply(done.gradients, variables)
@@ -271,7 +271,7 @@ class Model(keras.Model):
         self._build_for(x, y, sample_weight)
         share, rows = self._share_of_batch(x)
         done = self._run(x, y, sample_weight, training=False, share=share)
-        strategies.assign_from_replicas(done.state, share)
+        replicas.assign_from_replicas(done.state, share)
         return self._metrics_of(done, x, y, sample_weight, rows)
 
     def predict_step(self, data: Any) -> Any:
@@ -424,7 +424,7 @@ class Model(keras.Model):
         if isinstance(self.optimizer, LossScaleOptimizer) or not tf.distribute.has_strategy():
             self.optimizer.apply(gradients, variables)
         else:
-            strategies.apply_on_each_device(self.optimizer, gradients, variables)
+            replicas.apply_on_each_device(self.optimizer, gradients, variables)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Keras's, of predictions in float32: in 16 bits top-k metrics raise, and those of one's own round on."""
@@ -432,7 +432,7 @@ class Model(keras.Model):
 
     def _share_of_batch(self, x: Any) -> tuple["tf.Tensor | None", tf.Tensor]:
         first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
-        return strategies.share_of_batch(keras.ops.shape(first)[0])
+        return replicas.share_of_batch(keras.ops.shape(first)[0])
 
     def _metrics_of(self, done: Pass, x: Any, y: Any, sample_weight: Any, rows: tf.Tensor) -> dict[str, Any]:
         # The tracker's variables add up over replicas: to the loss of the whole batch, weighted by all its rows.
@@ -444,7 +444,7 @@ class Model(keras.Model):
         """Creates what training needs and does not exist yet, outside the graph that is being traced."""
         unbuilt = [each for each in (self._compile_loss, self._compile_metrics) if each is not None and not each.built]
         if (unbuilt and y is not None) or not all(layer.built for layer in self._flatten_layers()):
-            strategies.once_for_all_replicas(lambda: keras_models.build(self, (x, y, sample_weight)), [])
+            replicas.once_for_all_replicas(lambda: keras_models.build(self, (x, y, sample_weight)), [])
         widen_penalties(self._flatten_layers())
 
     def _aggregate_additional_loss(self, loss: Any) -> Any:

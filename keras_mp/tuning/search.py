@@ -20,7 +20,8 @@ from keras_mp import hardware
 from keras_mp._compat import keras_layers, keras_models, runtime, tf_replicas
 from keras_mp.conversion.convert import convert, duplicate
 from keras_mp.errors import ArgumentError, ConversionError, KerasMPError, KerasMPWarning
-from keras_mp.policies.policy import advice, compute_dtypes
+from keras_mp.policies.advice import advice
+from keras_mp.policies.policy import compute_dtypes
 from keras_mp.tuning import arguments, findings
 from keras_mp.tuning.matmul_counts import Work, count_products
 from keras_mp.tuning.report import Candidate, Tuning, recommend, why_recommended
