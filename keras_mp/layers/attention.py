@@ -10,10 +10,10 @@ import tensorflow as tf
 from keras_mp._compat import keras_layers
 from keras_mp.errors import ArgumentError
 from keras_mp.layers.core.dense import EinsumDense
-from keras_mp.layers.core.dropout import dropped
 from keras_mp.layers.softmax import Softmax
 from keras_mp.ops import fusion
 from keras_mp.ops.attention.dot_product import Masks, attend, attend_with_scores, wide_dtype
+from keras_mp.ops.noise import dropped
 
 __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"]
 

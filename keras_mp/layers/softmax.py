@@ -7,9 +7,9 @@ import keras
 import tensorflow as tf
 
 from keras_mp import activations
-from keras_mp.activations.softmax import softmax_of_unknown_rank
 from keras_mp.errors import ArgumentError
 from keras_mp.ops import fusion
+from keras_mp.ops.softmax import softmax_of_unknown_rank
 
 __all__ = ["Softmax"]
 
