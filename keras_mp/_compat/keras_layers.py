@@ -23,6 +23,7 @@ __all__ = [
     "checkpointed",
     "copy_of_table",
     "inner_layers",
+    "is_trackable",
     "is_tracker",
     "layers_by_path",
     "lock_alike",
@@ -239,3 +240,8 @@ def copy_of_table(table: Any) -> Any:
     copy = type(table)(table.key_dtype, table.value_dtype, **arguments)
     copy.insert(keys, values)
     return copy
+
+
+def is_trackable(value: Any) -> bool:
+    """Whether TensorFlow can save an object in checkpoints, which no public name tells."""
+    return isinstance(value, tf.__internal__.tracking.Trackable)

@@ -12,6 +12,7 @@ from tensorflow.python.distribute import distribute_lib as _distribute_lib
 
 __all__ = [
     "is_default_strategy",
+    "merges_replicas",
     "mirrored_strategy",
     "one_device",
     "strategy_of",
@@ -105,3 +106,11 @@ def strategy_of(made: "keras.Model | keras.optimizers.Optimizer") -> tf.distribu
 def is_default_strategy(strategy: tf.distribute.Strategy) -> bool:
     """Returns whether a strategy is TensorFlow's default one, whose class has no public name."""
     return isinstance(strategy, _distribute_lib._DefaultDistributionStrategy)
+
+
+def merges_replicas() -> bool:
+    """Whether replicas of the current strategy meet in `merge_call`, which has no public name to ask.
+
+    Otherwise each replica runs alone, as several GPUs under XLA do.
+    """
+    return tf.distribute.has_strategy() and not tf.__internal__.distribute.strategy_supports_no_merge_call()

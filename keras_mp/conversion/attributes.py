@@ -35,7 +35,7 @@ def is_hidden(layer: keras.Layer, name: str, value: Any) -> bool:
     found = [each for each in items(value) if isinstance(each, kinds)]
     if found:
         return not any(tracks(layer, each) for each in found)
-    return isinstance(value, tf.__internal__.tracking.Trackable) and not keras_layers.checkpointed(layer, name)
+    return keras_layers.is_trackable(value) and not keras_layers.checkpointed(layer, name)
 
 
 def tracks(layer: keras.Layer, value: Any) -> bool:

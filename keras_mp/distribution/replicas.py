@@ -174,7 +174,7 @@ def once_for_all_replicas(make_variables: Callable[[], None], variables: Sequenc
         with tf.init_scope():
             make_variables()
 
-    if tf.distribute.has_strategy() and not tf.__internal__.distribute.strategy_supports_no_merge_call():
+    if tf_replicas.merges_replicas():
         tf.distribute.get_replica_context().merge_call(make)
     else:
         make()
@@ -213,8 +213,7 @@ def on_each_device(
         return
     require_made_under(strategy, variables)
     devices = strategy.extended.worker_devices
-    if tf.__internal__.distribute.strategy_supports_no_merge_call():
-        # Each replica runs alone, as several GPUs under XLA do.
+    if not tf_replicas.merges_replicas():
         with tf_replicas.one_device(devices.index(context.devices[0]), variables, optimizers):
             program(*arguments)
         return

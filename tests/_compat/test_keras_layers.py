@@ -123,3 +123,10 @@ def test_tables_are_copied(dense):
     copy = keras_layers.copy_of_table(table)
     table.insert(tf.constant([5], tf.int64), [9.0])
     assert copy.lookup(tf.constant([5, 6, 7], tf.int64)).numpy().tolist() == [1.0, 2.0, -1.0]
+
+
+def test_is_trackable_knows_what_checkpoints_hold():
+    """Rests on `tf.__internal__.tracking.Trackable`."""
+    assert keras_layers.is_trackable(tf.Variable(1.0))
+    assert keras_layers.is_trackable(tf.train.Checkpoint())
+    assert not keras_layers.is_trackable(object())

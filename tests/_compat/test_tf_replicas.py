@@ -44,3 +44,10 @@ def test_without_all_reduce_takes_sums_as_they_are():
     assert optimizer._all_reduce_sum_gradients == keras_own
     assert calls == ["Keras's"]
     assert variable.numpy().tolist() == [-2.0]
+
+
+def test_merges_replicas_tells_whether_replicas_meet(mirrored):
+    """Rests on `tf.__internal__.distribute.strategy_supports_no_merge_call`."""
+    assert not tf_replicas.merges_replicas()
+    with mirrored(2).scope():
+        assert tf_replicas.merges_replicas()
