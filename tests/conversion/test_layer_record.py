@@ -111,9 +111,21 @@ def what_they_are(model):
     }
 
 
-@pytest.mark.parametrize("load", LOADERS, ids=["ours", "stock"])
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "policy", "load"),
+    [
+        pytest.param(
+            name,
+            policy,
+            load,
+            id=f"{name}-{policy}-{by}",
+            marks=() if (number + other) % 2 == (by == "stock") else pytest.mark.slow,
+        )
+        for number, name in enumerate(MODELS)
+        for other, policy in enumerate(("mixed_bfloat16", "mixed_float16", "float32"))
+        for by, load in zip(("ours", "stock"), LOADERS, strict=True)
+    ],
+)
 def test_a_converted_model_comes_back_as_it_was(tmp_path, name, policy, load):
     model = keras_mp.convert(MODELS[name](), policy)
     model.save(tmp_path / "model.keras")

@@ -336,7 +336,7 @@ def test_fit_with_weights(cls, policy, jit_compile):
 
 
 @BY_KERAS
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
 def test_fit_on_two_replicas(policy, mirrored):
     keras.config.set_dtype_policy(policy)
     x, y = np.random.normal(size=(8, 4)).astype("float32"), np.random.randint(0, 3, 8)

@@ -250,8 +250,14 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        pytest.param(name, policy, marks=() if number % 2 == other else pytest.mark.slow)
+        for number, name in enumerate(BESIDE)
+        for other, policy in enumerate(("float32", "mixed_float16"))
+    ],
+)
 def test_an_embedding_beside_a_dense_layer_trains_as_keras_does(name, policy):
     """What Keras does beside the update needs sparse gradients as tensors, made inside the step's condition, while
     dense ones come from outside of it."""

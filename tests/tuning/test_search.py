@@ -549,7 +549,9 @@ class Sampling(keras.layers.Layer):
         return mean + keras.ops.exp(0.5 * log_variance) * drawn
 
 
-@pytest.mark.parametrize("how", ["keras", "generator", "tf", "float32"])
+@pytest.mark.parametrize(
+    "how", ["keras", "float32", *(pytest.param(how, marks=pytest.mark.slow) for how in ("generator", "tf"))]
+)
 def test_a_model_that_samples_is_tuned_and_said_to_sample(how):
     inputs = keras.Input((16,))
     outputs = keras.layers.Dense(16, "sigmoid")(Sampling(how)(keras.layers.Dense(8)(inputs)))
