@@ -132,7 +132,8 @@ def _differing(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> list[st
     there = _entries(keras_files.layers_by_address(model))
     both = [each for each in wanted if each in there]
     unequal = [each for each in both if _computes(there[each]) != _computes(wanted[each])]
-    changed = [each for each in both if _changes(there[each]["config"], wanted[each]["config"])]
+    configs = [{each: _without_modules(of[each]["config"]) for each in both} for of in (there, wanted)]
+    changed = [each for each in both if _changes(*(config[each] for config in configs))]
     return [*dict.fromkeys([*unequal, *changed]), *(wanted.keys() ^ there.keys())]
 
 
@@ -144,19 +145,7 @@ def _computes(entry: dict[str, Any]) -> Any:
 
 def _changes(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The arguments to make a layer with. One that was made without a configuration has none to compare."""
-    return {
-        name: value
-        for name, value in wanted.items()
-        if name in there and _without_modules(there[name]) != _without_modules(value)
-    }
-
-
-def _without_modules(config: Any) -> Any:
-    """A configuration without the modules of registered classes, which may have moved since the file was written."""
-    if isinstance(config, dict):
-        registered = config.get("registered_name") is not None
-        return {key: _without_modules(each) for key, each in config.items() if not (registered and key == "module")}
-    return [_without_modules(each) for each in config] if isinstance(config, list) else config
+    return {name: value for name, value in wanted.items() if name in there and there[name] != value}
 
 
 def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras.Model:
@@ -186,3 +175,11 @@ def _class(name: str, there: type[keras.Layer]) -> type[keras.Layer]:
             "module that defines it, or the code that the model was saved with."
         )
     return cls
+
+
+def _without_modules(config: Any) -> Any:
+    """A configuration without the modules of registered classes, which may have moved since the file was written."""
+    if isinstance(config, dict):
+        registered = config.get("registered_name") is not None
+        return {key: _without_modules(each) for key, each in config.items() if not (registered and key == "module")}
+    return [_without_modules(each) for each in config] if isinstance(config, list) else config
