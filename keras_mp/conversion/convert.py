@@ -45,8 +45,8 @@ def convert(model: keras.Model, policy: "str | keras.DTypePolicy") -> keras.Mode
     The copy has the model's names and its weights, bit for bit. Under a 16-bit policy, layers that need care in half
     precision become the layers of that name here. So do activations such as gelu. These stay in float32:
 
-    - layers that prepare data, and layers without weights that only move, compare or add inputs. So no id, time or
-      position is rounded on its way to where it is used as one.
+    - layers that prepare data, and layers before the first one with weights that only move, compare or add inputs. So
+      no id, time or position is rounded on its way to the layer that uses it.
     - layers that make positions, and operations of a Functional model's graph that sum, divide, exponentiate or
       compare. Their outputs are cast where they meet 16-bit tensors.
     - the last computing layer and all that stands behind it. A `Dense` there becomes a `keras_mp.layers.Head`, whose

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_mp._compat import tf_replicas
 from keras_mp.errors import ArgumentError
 from keras_mp.hardware.devices import Device, cpu_here, devices_here, onednn_enabled
-from keras_mp.hardware.matmul_timing import ProductTimes, time_products
+from keras_mp.hardware.matmul_timing import ProductTimes, time_matmuls
 from keras_mp.hardware.recommendation import Hardware, is_certainly_fast, recommend
 
 __all__ = [
@@ -158,7 +158,7 @@ def measure(dtype: str = "bfloat16", device: str = "CPU") -> ProductTimes:
     return _time_once(dtype, device)
 
 
-_time_once = functools.cache(time_products)
+_time_once = functools.cache(time_matmuls)
 
 
 def _recommended(devices: Sequence[Device]) -> Hardware:

@@ -62,7 +62,7 @@ class ProductTimes:
         """Both times in words, as the second half of a sentence."""
         close = "" if self.clear else f", too close to {_WORTHWHILE}x to tell"
         return (
-            f"a product of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
+            f"a matmul of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
             f"{self.dtype_ms:.2f} ms in {self.dtype} ({self.ratio:.1f}x{close})"
         )
 
@@ -96,7 +96,7 @@ def settle(rounds: Iterable[tuple[float, float]]) -> tuple[float, float, bool]:
     return float32_ms, dtype_ms, clear
 
 
-def time_products(dtype: str, device: str) -> ProductTimes:
+def time_matmuls(dtype: str, device: str) -> ProductTimes:
     """Times a matmul in float32 and in a 16-bit dtype, in turns.
 
     Args:
@@ -118,10 +118,10 @@ def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
     # In a session, because the first eager op would start the runtime, which could not be configured later.
     graph = tf.Graph()
     with graph.as_default():
-        products = {}
+        chains = {}
         for dtype in factors:
             factor = tf.compat.v1.placeholder(dtype, (_SIZE, _SIZE))
-            products[dtype] = factor, _chain(factor).op
+            chains[dtype] = factor, _chain(factor).op
     config = tf.compat.v1.ConfigProto(
         device_count={"GPU": 0},
         intra_op_parallelism_threads=tf.config.threading.get_intra_op_parallelism_threads(),
@@ -129,8 +129,8 @@ def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
     )
     with tf.compat.v1.Session(graph=graph, config=config) as session:
         runs = {
-            dtype: functools.partial(session.make_callable(product, [factor]), factors[dtype])
-            for dtype, (factor, product) in products.items()
+            dtype: functools.partial(session.make_callable(chain, [factor]), factors[dtype])
+            for dtype, (factor, chain) in chains.items()
         }
         return settle(_rounds(runs))
 
@@ -150,10 +150,10 @@ def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> tuple[flo
 
 
 def _chain(factor: tf.Tensor) -> tf.Tensor:
-    product = factor
+    result = factor
     for _ in range(_CHAIN):
-        product = tf.matmul(product, factor)
-    return product
+        result = tf.matmul(result, factor)
+    return result
 
 
 def _rounds(runs: Mapping[str, Callable[[], object]]) -> Iterator[tuple[float, float]]:

@@ -125,7 +125,7 @@ def _fast_dtypes(device: Device, onednn: bool, measure: Callable[[str], ProductT
 
 
 def _gpu_reason(gpus: list[Device]) -> str:
-    compiled = "XLA fuses the casts and small ops between products."
+    compiled = "XLA fuses the casts and small ops between matmuls."
     unknown = [device for device in gpus if device.compute_capability is None]
     if unknown:
         return (
@@ -160,8 +160,8 @@ def _cpu_reason(devices: Sequence[Device], onednn: bool, slow: Callable[[str], P
         )
     if slow is not None:
         return (
-            f"{names} has {' and '.join(words)}, but is no faster for it: {slow('bfloat16')}. On such a CPU 16 bits "
-            "save memory, not time."
+            f"{names} has {' and '.join(words)}, but is no faster for it: {slow('bfloat16')}. On such a CPU half "
+            "precision saves memory, not time."
         )
     return (
         f"{names} has {' and '.join(words)}, which oneDNN's bfloat16 kernels use; XLA on a CPU does not use those "

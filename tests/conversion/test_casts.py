@@ -1,7 +1,5 @@
 """Casts that a conversion inserts: operations of a graph and losses of layers compute in float32."""
 
-import warnings
-
 import keras
 import numpy as np
 import pytest
@@ -9,32 +7,13 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp.conversion.casts import Float32Operation
+from tests.helpers.conversions import MIXED, converted, same_function
 
 layers, ops = keras.layers, keras.ops
-MIXED = ("mixed_bfloat16", "mixed_float16")
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def converted(model, policy):
-    """The copy, and what was said of it but for the hardware."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        copy = keras_mp.convert(model, policy)
-    said = [str(warning.message) for warning in caught if "gains nothing" not in str(warning.message)]
-    return copy, " ".join(said)
-
-
-def same_function(model, x, policy, tolerance=0.03):
-    """Converts without a word, to as near as roundings come, and back to the last bit."""
-    copy, said = converted(model, policy)
-    assert said == ""
-    right = np.asarray(model(x))
-    np.testing.assert_allclose(copy(x), right, atol=tolerance * np.abs(right).max())
-    np.testing.assert_array_equal(keras_mp.convert(copy, "float32")(x), right)
-    return copy
 
 
 OPERATIONS = {

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 
 import keras_mp
 from keras_mp.conversion.convert import duplicate
+from tests.helpers.conversions import normal
 from tests.helpers.state_of import differences
 
 layers = keras.layers
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 Pair = collections.namedtuple("Pair", "first second")
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 class Counter:

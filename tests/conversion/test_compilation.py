@@ -10,14 +10,11 @@ import tensorflow as tf
 import keras_mp
 from keras_mp.conversion.convert import duplicate
 from keras_mp.errors import ConversionError, KerasMPWarning
+from tests.helpers.conversions import normal
 from tests.helpers.state_of import differences
 
 layers = keras.layers
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 def small(dtype=None, **compiled):

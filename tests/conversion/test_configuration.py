@@ -8,14 +8,9 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
+from tests.helpers.conversions import TOLERANCE, normal
 
 layers = keras.layers
-# Of the largest output: some roundings to the dtype, one after the other.
-TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 5e-3}
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 @keras.saving.register_keras_serializable(package="tests")

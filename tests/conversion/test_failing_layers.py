@@ -7,28 +7,9 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp.errors import KerasMPWarning
+from tests.helpers.conversions import TOLERANCE, Block, normal
 
 layers, ops = keras.layers, keras.ops
-MIXED = ("mixed_bfloat16", "mixed_float16")
-# Of the largest output: some roundings to the dtype, one after the other.
-TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 5e-3}
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
-
-
-class Block(layers.Layer):
-    """Holds layers, one of them in a function that it has made."""
-
-    def __init__(self, units):
-        super().__init__()
-        self.norm = layers.LayerNormalization()
-        self.dense = layers.Dense(units, "gelu")
-        self.inner = lambda x: self.dense(x)
-
-    def call(self, x):
-        return x + self.inner(self.norm(x))
 
 
 class Ones(layers.Layer):

@@ -7,26 +7,9 @@ import pytest
 import keras_mp
 from keras_mp.conversion.casts import OutputCast
 from keras_mp.errors import KerasMPWarning
+from tests.helpers.conversions import MIXED, Block, normal
 
 layers = keras.layers
-MIXED = ("mixed_bfloat16", "mixed_float16")
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
-
-
-class Block(layers.Layer):
-    """Holds layers, one of them in a function that it has made."""
-
-    def __init__(self, units):
-        super().__init__()
-        self.norm = layers.LayerNormalization()
-        self.dense = layers.Dense(units, "gelu")
-        self.inner = lambda x: self.dense(x)
-
-    def call(self, x):
-        return x + self.inner(self.norm(x))
 
 
 def test_an_output_that_no_layer_makes_is_told():

@@ -5,16 +5,11 @@ import numpy as np
 import pytest
 
 import keras_mp
+from tests.helpers.conversions import TOLERANCE, normal
 from tests.helpers.state_of import differences
 
 layers = keras.layers
-# Of the largest output: some roundings to the dtype, one after the other.
-TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 5e-3}
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 def attention():

@@ -8,14 +8,9 @@ import pytest
 
 import keras_mp
 from keras_mp.errors import KerasMPWarning
+from tests.helpers.conversions import TOLERANCE, normal
 
 layers = keras.layers
-# Of the largest output: some roundings to the dtype, one after the other.
-TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 5e-3}
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])

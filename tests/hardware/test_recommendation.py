@@ -73,8 +73,8 @@ def product_times(dtype, ratio):
             ZEN4,
             0.5,
             "float32",
-            "EPYC 9654 has AVX512-BF16, but is no faster for it: a product of two 768 x 768 matrices takes 2.00 ms in "
-            "float32 and 4.00 ms in bfloat16 (0.5x). On such a CPU 16 bits save memory, not time.",
+            "EPYC 9654 has AVX512-BF16, but is no faster for it: a matmul of two 768 x 768 matrices takes 2.00 ms in "
+            "float32 and 4.00 ms in bfloat16 (0.5x). On such a CPU half precision saves memory, not time.",
         ),
         (GRAVITON3, 1.1, "float32", "has Arm BF16, but is no faster for it"),
     ],

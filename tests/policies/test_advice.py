@@ -21,13 +21,13 @@ def times(dtype, float32_ms=3.0, dtype_ms=4.0):
 
 
 SLOW = (
-    "float16 gains nothing on this CPU: a product of two 768 x 768 matrices takes 3.00 ms in float32 and 4.00 ms in "
+    "float16 gains nothing on this CPU: a matmul of two 768 x 768 matrices takes 3.00 ms in float32 and 4.00 ms in "
     "float16 (0.8x), and casts come on top. Training works, and is slower for it: a little with the layers of "
     "keras_mp, which keras_mp.convert puts in, more with Keras's own (in float16 a hundred times, where they convolve)."
 )
 VOLTA = (
     "bfloat16 gains nothing on this hardware. GPU 7.0 has compute capability 7.0, with tensor cores for float16; those "
-    "for bfloat16 come with 8.0. XLA fuses the casts and small ops between products."
+    "for bfloat16 come with 8.0. XLA fuses the casts and small ops between matmuls."
 )
 STAGNATES = (
     "the weights themselves are held in {}, so an update below {} of a weight is rounded away and training stagnates."
