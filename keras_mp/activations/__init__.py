@@ -5,6 +5,6 @@ backward pass. XLA compiles it to one pass over memory where that pays.
 """
 
 from keras_mp.activations.elementwise import gelu, hard_silu, mish, silu
-from keras_mp.activations.softmax import log_softmax, softmax
+from keras_mp.activations.softmax import log_softmax, softmax, softmax_in_one_pass
 
-__all__ = ["gelu", "hard_silu", "log_softmax", "mish", "silu", "softmax"]
+__all__ = ["gelu", "hard_silu", "log_softmax", "mish", "silu", "softmax", "softmax_in_one_pass"]

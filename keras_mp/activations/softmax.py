@@ -8,14 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp.activations.symbolic import Symbolic
-from keras_mp.ops.softmax import (
-    log_softmax_in_one_pass,
-    log_softmax_of_unknown_rank,
-    softmax_in_one_pass,
-    softmax_of_unknown_rank,
-)
+from keras_mp.ops import softmax as _ops
 
-__all__ = ["log_softmax", "softmax"]
+__all__ = ["log_softmax", "softmax", "softmax_in_one_pass"]
 
 ArrayLike: TypeAlias = "tf.Tensor | np.ndarray | keras.KerasTensor"
 
@@ -45,7 +40,7 @@ def softmax(x: ArrayLike, axis: int | None = -1) -> tf.Tensor:
 
     The gradient is y * (g - sum(g * y)), as in Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 6.2.
     """
-    return _along_axis("softmax", x, axis, softmax_in_one_pass, softmax_of_unknown_rank)
+    return _along_axis("softmax", x, axis, _ops.softmax_in_one_pass, _ops.softmax_of_unknown_rank)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -71,7 +66,20 @@ def log_softmax(x: ArrayLike, axis: int | None = -1) -> tf.Tensor:
 
     The gradient is g - softmax(x) * sum(g).
     """
-    return _along_axis("log_softmax", x, axis, log_softmax_in_one_pass, log_softmax_of_unknown_rank)
+    return _along_axis("log_softmax", x, axis, _ops.log_softmax_in_one_pass, _ops.log_softmax_of_unknown_rank)
+
+
+def softmax_in_one_pass(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
+    """Softmax over one or several axes, computed in float32. The backward pass keeps the output and nothing else.
+
+    Args:
+        x: float16, bfloat16 or float32 logits of any shape.
+        axes: axes that sum to one together, counted from the front; None for all of an unknown rank.
+
+    Returns:
+        Probabilities of the shape and dtype of `x`, with the logits attached for Keras's losses.
+    """
+    return _ops.softmax_in_one_pass(x, axes)
 
 
 def _along_axis(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["ProductTimes", "settle", "time_products"]
+__all__ = ["ProductTimes", "settle", "time_matmuls"]
 
 # Below this gain of a bare matmul, the casts of a training step use it up.
 _WORTHWHILE = 1.2

@@ -20,10 +20,10 @@ class _Reduction(keras.losses.Loss):
         return y_pred
 
 
-class _WithoutFloat32Copy:
+class _WithoutFloat32Copy(keras.losses.Loss):
     """A loss that sees labels and predictions in their own dtypes. Keras's loss comes after it among the bases."""
 
-    def __call__(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         # Keras's `__call__` casts labels and predictions to the loss's dtype before `call` sees them. So `call` runs
         # here on the originals, and Keras's `__call__` on the losses, which are float32 already.
         mask = keras_layers.mask_of(y_pred)
@@ -40,12 +40,12 @@ class _WithoutFloat32Copy:
         reduced = _Reduction(name=self.name, reduction=self.reduction, dtype=self._dtype_for_values)
         return keras.ops.cast(reduced(losses, losses, sample_weight), self.dtype)
 
-    def __repr__(self: Any) -> str:
+    def __repr__(self) -> str:
         return f"<{type(self).__name__}({self.get_config()})>"  # Keras's would print `fn`, a method of this object
 
     @property
-    def _dtype_for_values(self: Any) -> str:
-        return keras.backend.result_type(self.dtype, "float32")
+    def _dtype_for_values(self) -> str:
+        return str(keras.backend.result_type(self.dtype, "float32"))
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")

@@ -8,7 +8,7 @@ libraries' kernels are faster.
 import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -63,14 +63,14 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     with_gradient = tf.custom_gradient(function)
 
     @functools.wraps(function)
-    def run(*tensors: Any) -> Any:
+    def run(*tensors: "tf.Tensor | tf.Variable | np.ndarray | float") -> Any:
         tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
         return function(*tensors)[0] if execution.forward_mode(*tensors) else with_gradient(*tensors)
 
     return run
 
 
-def shaped(x: tf.Tensor, shape: Any) -> tf.Tensor:
+def shaped(x: tf.Tensor, shape: "Sequence[int | None] | tf.TensorShape") -> tf.Tensor:
     """Returns `x` with a static shape, as `tf.ensure_shape`, also where a forward accumulator follows `x` in a graph.
 
     Args:
@@ -243,11 +243,11 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
 
 
 @custom_gradient
-def _rounded_to_bfloat16(x: tf.Tensor) -> Any:
+def _rounded_to_bfloat16(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
     half, one, places = (np.uint32(number) for number in (0x7FFF, 1, 16))
     bits = tf.bitcast(x, tf.uint32)
     last = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, places), one)
-    # A NaN of all ones would become -0.
+    # A NaN whose bits are all ones would become -0.
     bits = tf.where(tf.math.is_nan(x), np.uint32(0x7FC00000), bits + half + last)
     y = tf.bitcast(tf.cast(tf.bitwise.right_shift(bits, places), tf.uint16), tf.bfloat16)
     return y, lambda upstream: tf.cast(upstream, tf.float32)
@@ -285,7 +285,7 @@ def not_before(upstream: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return tf.identity(x)
 
 
-def _as_rounded(whole: bool, gradient: Any) -> Any:
+def _as_rounded(whole: bool, gradient: tf.Tensor | None) -> tf.Tensor | None:
     """Returns a gradient, `held` where it is 16-bit.
 
     XLA leaves out a rounding to half precision that a cast to float32 follows, as in the sum of a bias's gradient. The

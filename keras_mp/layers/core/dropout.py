@@ -20,14 +20,22 @@ __all__ = [
 ]
 
 
-class _Random:
-    """A layer that does nothing outside training."""
+class _Random(keras.layers.Layer):
+    """A layer that does nothing outside training. Keras's layer comes after it among the bases."""
 
-    def call(self: Any, inputs: tf.Tensor, training: bool | None = False) -> tf.Tensor:
+    def call(self, inputs: tf.Tensor, training: bool | None = False) -> tf.Tensor:
         """Draws in training; see the class."""
         if not training or not (self.stddev if isinstance(self, GaussianNoise) else self.rate):
             return inputs
         return self.drawn(tf.convert_to_tensor(inputs))
+
+    def drawn(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns the output of a training step.
+
+        Args:
+            x: floating-point tensor.
+        """
+        raise NotImplementedError
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -66,16 +74,16 @@ class Dropout(_Random, keras.layers.Dropout):
 class _Spatial(_Random):
     """Drops whole channels: one number for all positions between batch and channels."""
 
-    def drawn(self: Any, x: tf.Tensor) -> tf.Tensor:
+    def drawn(self, x: tf.Tensor) -> tf.Tensor:
         """Returns `x` with channels dropped."""
         channels = 1 if getattr(self, "data_format", None) == "channels_first" else len(x.shape) - 1
         shape = [None if axis in (0, channels) else 1 for axis in range(len(x.shape))]
         return noise.dropped(x, self.rate, self.seed_generator, shape, execution.current())
 
-    def get_config(self: Any) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Any]:
         """Returns the arguments. Keras's configuration has the variable dtype in the place of the policy."""
         policy = keras.dtype_policies.serialize(self.dtype_policy)
-        return {**super().get_config(), "dtype": policy}  # type: ignore[misc]
+        return {**super().get_config(), "dtype": policy}
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
