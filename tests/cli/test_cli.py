@@ -13,14 +13,15 @@ import tensorflow as tf
 from typer.testing import CliRunner
 
 import keras_mp
-from keras_mp.cli import app
+from keras_mp.cli import doctor
+from keras_mp.cli.app import app
 from keras_mp.hardware import Device, measure, recommend
 from keras_mp.hardware.matmul_timing import ProductTimes
 
 
 def run(*arguments):
     # Wide enough that no table wraps a CPU's name.
-    return CliRunner().invoke(app.app, arguments, env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
 
 
 def kind():
@@ -30,7 +31,7 @@ def kind():
 
 def test_the_installed_command_is_this_one():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="keras-mp")
-    assert command.load() is app.app
+    assert command.load() is app
 
 
 def test_version():
@@ -92,7 +93,7 @@ def test_doctor_as_json_says_the_same():
     ],
 )
 def test_every_kind_of_device_has_its_row(device, words, capsys):
-    app._print_tables(recommend([device]), [ProductTimes("CPU", 768, "bfloat16", 3.0, 1.0)])
+    doctor._print_tables(recommend([device]), [ProductTimes("CPU", 768, "bfloat16", 3.0, 1.0)])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {device.kind.upper()} ")]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [device.kind.upper(), device.name, words]
 
@@ -278,7 +279,7 @@ def test_export_prints_what_it_wrote(saved):
     folder, text = saved
     assert f"Wrote {folder / 'm' / '1'}, and ran it without Keras." in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert ["multiplies in", "float32"] in rows
+    assert ["matmuls in", "float32"] in rows
     assert ["weights", "bfloat16"] in rows
     assert ["trained under", "float32, mixed_bfloat16"] in rows
     assert ["x (input)", "float32", "any x 300", "", ""] in rows
@@ -290,8 +291,8 @@ def test_export_prints_what_it_wrote(saved):
 def test_verify_prints_and_says_the_same_as_json(saved):
     path = str(saved[0] / "m" / "1")
     text = run("verify", path).output
-    assert "Compared with what it answered when it was written." in text
-    assert "All 6 files are what was written (" in text or "All 5 files are what was written (" in text
+    assert "Compared with the outputs recorded at export." in text
+    assert "All 6 files are as written (" in text or "All 5 files are as written (" in text
     told = json.loads(run("verify", path, "--model", str(saved[0] / "m.keras"), "--json").output)
     assert told["outputs"]["y"]["dtype"] == "float32"
     assert 0 < told["outputs"]["y"]["relative_error"] < 5e-2
