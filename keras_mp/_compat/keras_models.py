@@ -18,11 +18,15 @@ __all__ = [
     "Functional",
     "build",
     "call",
+    "children",
     "compile_arguments",
     "compute_loss",
     "first_of_generator",
     "initial_epoch",
     "is_functional",
+    "layers",
+    "loss_and_metrics",
+    "loss_tracker",
     "make_function",
     "origin",
     "preprocessing_classes",
@@ -182,3 +186,23 @@ def without_remat(model: keras.Model) -> Iterator[None]:
     finally:
         for key, mode in modes.items():
             vars(operations[key])["_remat_mode"] = mode
+
+
+def layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns the model and all layers inside it, at any depth. The public `layers` lists the outermost only."""
+    return list(model._flatten_layers())
+
+
+def children(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns all layers inside a layer, at any depth, which no public name lists."""
+    return list(layer._flatten_layers(include_self=False))
+
+
+def loss_and_metrics(model: keras.Model) -> list[Any]:
+    """Returns the compiled loss and the compiled metrics, where there are any; no public name holds them."""
+    return [each for each in (model._compile_loss, model._compile_metrics) if each is not None]
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the metric that averages the loss over an epoch, which no public name holds."""
+    return model._loss_tracker

@@ -13,8 +13,12 @@ from keras_mp._compat.replacing import replaced
 __all__ = [
     "adding_variables_in",
     "built_already",
+    "learning_rate_source",
     "renumber",
+    "slot_of",
+    "track",
     "trained_by",
+    "update_count",
 ]
 
 
@@ -93,3 +97,36 @@ def adding_variables_in(dtype_of: _DtypeOf) -> Iterator[None]:
             yield
     finally:
         _dtype_of.reset(token)
+
+
+def learning_rate_source(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns the variable or the schedule of the learning rate.
+
+    The public `learning_rate` of a schedule is its value at the current step.
+    """
+    return optimizer._learning_rate
+
+
+def slot_of(optimizer: keras.optimizers.Optimizer, name: str, variable: Any) -> keras.Variable:
+    """Returns the slot that an optimizer keeps for one variable. Only the momentums of SGD have a public name.
+
+    Args:
+        optimizer: a built optimizer.
+        name: `"accumulators"` of Adagrad; `"momentums"` or `"velocities"` of Adam.
+        variable: a variable that the optimizer was built on, or what Keras's `update_step` gets in its place.
+    """
+    slots = optimizer.momentums if name == "momentums" and hasattr(optimizer, name) else vars(optimizer)[f"_{name}"]
+    return slots[optimizer._get_variable_index(variable)]
+
+
+def track(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> None:
+    """Adds a variable that exists already to those that are saved. The public `add_variable` only creates new ones."""
+    optimizer._track_variable(variable)
+
+
+def update_count(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Returns the count of all training steps.
+
+    The public `iterations` counts the updates only, of several steps each where gradients are accumulated.
+    """
+    return optimizer._iterations

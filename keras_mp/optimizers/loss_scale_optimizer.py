@@ -9,7 +9,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, graph_errors, keras_files, keras_hooks, keras_variables, patches
+from keras_mp._compat import (
+    execution,
+    graph_errors,
+    keras_files,
+    keras_hooks,
+    keras_optimizers,
+    keras_variables,
+    patches,
+)
 from keras_mp.distribution import replicas
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.optimizers import half_variables, provenance
@@ -300,7 +308,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             if isinstance(value, keras.Variable) and id(value) not in known
         ]
         for variable in strays:
-            self._track_variable(variable)
+            keras_optimizers.track(self, variable)
         self._added_variables = [*self._own_state.values(), *strays]
 
     def scale_loss(self, loss: Any) -> tf.Tensor:
@@ -532,8 +540,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not self.built:
             return 0, 0
         skipped = int(self._state().skipped_steps)
-        # Keras has no public name for all steps where it accumulates gradients.
-        return skipped, skipped + int(keras.ops.convert_to_numpy(self.inner_optimizer._iterations))
+        applied = keras_optimizers.update_count(self.inner_optimizer)
+        return skipped, skipped + int(keras.ops.convert_to_numpy(applied))
 
     def _begin_training(self) -> None:
         self._steps_at_begin = self._counts()
@@ -573,7 +581,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Without `trainable_variables` the optimizer must be built first: "
                 "optimizer.build(model.trainable_variables)"
             )
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        variables = list(keras_optimizers.trained_by(self) if trainable_variables is None else trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"Received {len(grads)} gradients for {len(variables)} variables; expected one for each, with None "
@@ -687,7 +695,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Warns after so many steps of a loop that has no epochs, where most were skipped."""
         if self._told_of_skips or self._steps_at_begin is not None or execution.in_xla_context():
             return
-        steps = state.skipped_steps + tf.cast(self.inner_optimizer._iterations.value, tf.int64)
+        steps = state.skipped_steps + tf.cast(keras_optimizers.update_count(self.inner_optimizer).value, tf.int64)
         told = (steps == _STEPS_TO_JUDGE_BY) & (2 * state.skipped_steps > steps)
 
         def warn(skipped: Any, steps: Any) -> None:

@@ -380,12 +380,12 @@ class Model(keras.Model):
         return "LossScaleOptimizer, reduce_dtype='float32'" if wraps else "none"
 
     def _computes_in_float16(self) -> bool:
-        return any(layer.compute_dtype == "float16" for layer in self._flatten_layers())
+        return any(layer.compute_dtype == "float16" for layer in keras_models.layers(self))
 
     def _choose_jit_compile(self, asked: "bool | str", run_eagerly: bool) -> tuple[bool, str]:
         """Whether XLA compiles the passes, and why."""
         unable = [
-            f"{layer.name!r} ({type(layer).__name__})" for layer in self._flatten_layers() if not layer.supports_jit
+            f"{layer.name!r} ({type(layer).__name__})" for layer in keras_models.layers(self) if not layer.supports_jit
         ]
         if asked is False:
             return False, "jit_compile=False"
@@ -437,15 +437,17 @@ class Model(keras.Model):
     def _metrics_of(self, done: Pass, x: Any, y: Any, sample_weight: Any, rows: tf.Tensor) -> dict[str, Any]:
         # The tracker's variables add up over replicas: to the loss of the whole batch, weighted by all its rows.
         replicas = self.distribute_strategy.num_replicas_in_sync
-        self._loss_tracker.update_state(done.loss * replicas, sample_weight=tf.cast(rows, tf.float32) / replicas)
+        keras_models.loss_tracker(self).update_state(
+            done.loss * replicas, sample_weight=tf.cast(rows, tf.float32) / replicas
+        )
         return self.compute_metrics(x, y, done.outputs, sample_weight=sample_weight)
 
     def _build_for(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Creates what training needs and does not exist yet, outside the graph that is being traced."""
-        unbuilt = [each for each in (self._compile_loss, self._compile_metrics) if each is not None and not each.built]
-        if (unbuilt and y is not None) or not all(layer.built for layer in self._flatten_layers()):
+        unbuilt = [each for each in keras_models.loss_and_metrics(self) if not each.built]
+        if (unbuilt and y is not None) or not all(layer.built for layer in keras_models.layers(self)):
             replicas.once_for_all_replicas(lambda: keras_models.build(self, (x, y, sample_weight)), [])
-        widen_penalties(self._flatten_layers())
+        widen_penalties(keras_models.layers(self))
 
     def _aggregate_additional_loss(self, loss: Any) -> Any:
         # Keras adds float16 losses of layers to a float32 loss, which TensorFlow refuses.
@@ -557,8 +559,8 @@ class Model(keras.Model):
         # Operations are named by the scopes they were made in, and each layer opens one of its name, or with a number.
         parts = set(re.findall(r"[\w.-]+", " ".join(re.findall(r"\{\{node ([^}]*)\}\}", message))))
         parts |= {re.sub(r"_\d+$", "", part) for part in parts}
-        inner = [layer for layer in self._flatten_layers(include_self=False) if layer.name in parts]
-        leaves = [layer for layer in inner if not any(each in inner for each in layer._flatten_layers(False))]
+        inner = [layer for layer in keras_models.children(self) if layer.name in parts]
+        leaves = [layer for layer in inner if not any(each in inner for each in keras_models.children(layer))]
         named = [f"{layer.name!r} ({type(layer).__name__})" for layer in leaves]
         operations = ", ".join(sorted(set(re.findall(r"(\w+) \(No registered", message))))
         what = f"XLA cannot compile {_listed(named) if named else 'a part'} of {self.name!r}"
