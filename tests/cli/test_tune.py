@@ -36,7 +36,7 @@ def program(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app.app, ["tune", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["tune", *arguments], env={"COLUMNS": "200"})
 
 
 def test_the_command_prints_a_table_or_json(program):
