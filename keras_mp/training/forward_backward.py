@@ -100,7 +100,7 @@ class ForwardBackward:
 
     def synchronized_layers(self) -> list[str]:
         """The names of the layers whose forward pass adds up over replicas."""
-        return [layer.name for layer in self._model._flatten_layers() if getattr(layer, "synchronized", False)]
+        return [layer.name for layer in keras_models.layers(self._model) if getattr(layer, "synchronized", False)]
 
     def _variables(self) -> list[keras.Variable]:
         # Metrics that layers or `compute_loss` update are state like any other.
@@ -108,7 +108,7 @@ class ForwardBackward:
 
     def _tables(self) -> set[int]:
         """The `id` of each variable of which rows are read, and which is not worth reading as a whole."""
-        layers = [layer for layer in self._model._flatten_layers() if isinstance(layer, Embedding)]
+        layers = [layer for layer in keras_models.layers(self._model) if isinstance(layer, Embedding)]
         return {id(variable) for layer in layers for variable in layer.variables}
 
     def _talks_to_other_replicas(self) -> bool:

@@ -51,7 +51,7 @@ class Model(keras.Model):
 
     A model with replicas is made, and compiled, in the scope of its strategy; see `keras_mp.strategy`. A loss with
     `reduction="sum"` is the sum over all replicas. Losses of `add_loss`, and what a `compute_loss` of one's own
-    returns, count as means over the rows, and so do activity regularizers, which are sums in Keras 3.12 and count 1/N
+    returns, count as means over the rows, and so do activity regularizers, which count 1/N
     there with N replicas.
 
     A `train_step` of one's own that calls `super().train_step(data)` keeps all this. One that does its own forward and
