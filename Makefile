@@ -1,21 +1,29 @@
-# The same few commands for people and for CI. Nothing is needed beforehand but Python 3.10 to 3.13, git and make.
+# The same few commands for people and for CI. Nothing is needed beforehand but Python 3.11 to 3.13, git and make.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 
 # The first interpreter here that TensorFlow has wheels for; `make PYTHON=... test` overrides it.
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10 python; do \
-	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo "$$python" && break; done)
 VENV ?= .venv
 EXTRA ?= cpu
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed-$(EXTRA)
 
+# Two runs, one after the other: TensorFlow and XLA keep what they compile until a process ends, gigabytes of it.
+FIRST_HALF = tests/layers tests/ops tests/activations tests/losses
+PYTEST = -m pytest -n 2 --dist worksteal --durations=10
+HALVES = first=0; second=0; \
+	$(1) $(PYTEST) $(2) $(FIRST_HALF) || first=$$?; \
+	$(1) $(PYTEST) $(2) $(FIRST_HALF:%=--ignore=%) || second=$$?; \
+	exit $$((first + second))
+
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(INSTALLED): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
@@ -28,17 +36,17 @@ install: $(INSTALLED) ## make .venv and install the package with its development
 demo: $(INSTALLED) ## train the digits in three policies, compare, export, verify
 	@$(BIN)/python -m examples.digits
 
-test: $(INSTALLED) ## the test suite without the slow tests
-	@$(BIN)/python -m pytest -n 2
+test: $(INSTALLED) ## the quick tests, or with FILE=... those of one file or folder
+	@$(if $(FILE),$(BIN)/python -m pytest --durations=10 $(FILE),$(call HALVES,$(BIN)/python))
 
 test-all: $(INSTALLED) ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 -m 'slow or not slow'
+	@$(call HALVES,$(BIN)/python,-m 'slow or not slow')
 
 test-matrix: ## the suite on TensorFlow 2.20 and on 2.21
 	@for minor in 20 21; do \
 	  $(MAKE) --no-print-directory VENV=.venv-tf2$$minor install && \
 	  .venv-tf2$$minor/bin/python -m pip install --quiet "tensorflow-cpu==2.$$minor.*" && \
-	  .venv-tf2$$minor/bin/python -m pytest -n 2 || exit 1; \
+	  ($(call HALVES,.venv-tf2$$minor/bin/python)) || exit 1; \
 	done
 
 lint: $(INSTALLED) ## ruff and mypy

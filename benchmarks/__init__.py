@@ -1,1 +1,1 @@
-"""Speed and memory against stock Keras: one harness, one file a theme, results as JSON and the tables made from it."""
+"""Speed and memory against stock Keras. One harness times one file for each theme, and writes JSON and tables."""

@@ -1,13 +1,13 @@
-"""What a step needs on a TPU v5e and an H100, without either: `python -m benchmarks.aot`.
+"""The memory of a step on a TPU v5e and an H100, without either: `python -m benchmarks.aot`.
 
-TensorFlow lowers the step to HLO on the CPU; the target's own compiler, which needs no device, lays it out and says how
-much memory it takes beside its inputs and weights. So these are the figures of the compiler, not an estimate. The steps
-are those of `benchmarks.layers` and `benchmarks.attention`: a chain of layers, forward and backward; and those of whole
-models of `benchmarks.workloads`: forward, backward and the optimizer's update, as one program.
+TensorFlow lowers the step to HLO on the CPU. The target's own compiler needs no device. It lays the step out, and
+reports the memory beside its inputs and weights. So the figures are the compiler's, not an estimate. The steps of
+`benchmarks.layers` and `benchmarks.attention` are a chain of layers, forward and backward. The steps of the models of
+`benchmarks.workloads` have the optimizer's update too, as one program.
 
-Needs the extra `aot`, and calls private functions of jaxlib: seen working with jax and jaxlib 0.10.2, libtpu 0.0.52,
-jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each row of a table has a process
-of its own, and one more for what a compiler that ended it has left.
+It needs the extra `aot`, and calls private functions of jaxlib. It worked with jax and jaxlib 0.10.2, libtpu 0.0.52,
+jax-cuda12-plugin 0.10.2, TensorFlow 2.21.0 and Keras 3.15.1. Each row of a table runs in a separate process. When a
+compiler ends that process, another one runs the rest of the row.
 """
 
 import dataclasses
@@ -22,13 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from keras_mp._compat import execution, keras_models  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import tensorflow as tf
 import typer
 
 from benchmarks import attention, harness, layers, workloads
+from keras_mp._compat import execution, keras_models
 
 __all__ = [
     "TARGETS",
@@ -49,7 +48,7 @@ PACKAGES = {
     "jax_plugins.xla_cuda12": "jax-cuda12-plugin and jax-cuda12-pjrt",
 }
 _TPU_TOPOLOGY = "v5e:2x2"
-# What libtpu would otherwise ask the machine about, over the network.
+# Otherwise libtpu asks for these over the network.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held, so several processes may compile
@@ -79,16 +78,16 @@ TRAINING = [
     dataclasses.replace(workloads.LANGUAGE_MODEL, name="language model, 4096 words"),
 ]
 
-# By the name of a row, by the name of a case, what makes the step.
+# Functions that make a step, by the name of a row and of a case.
 Steps = Mapping[str, Mapping[str, Callable[[], Callable[[], Any]]]]
 
 
 def layer_steps() -> Steps:
-    """The steps of `benchmarks.layers`."""
+    """Returns the steps of `benchmarks.layers`."""
 
     def make(workload: layers.Workload, ours: bool, policy: str) -> Callable[[], Any]:
         what = layers.find(workload, ours)
-        # Between two layers of the chain is but a product, where a network has what XLA would not compute twice.
+        # The chain has only a multiplication between layers. A network has ops there that XLA would not compute twice.
         between = execution.optimization_barrier
         return layers.make_step(workload, what, policy, depth=layers.DEPTH, batch_is_static=True, between=between)
 
@@ -96,7 +95,7 @@ def layer_steps() -> Steps:
 
 
 def attention_steps() -> Steps:
-    """The steps of `benchmarks.attention`."""
+    """Returns the steps of `benchmarks.attention`."""
     return {
         attention.group_name(length, causal): _cases(
             functools.partial(attention.make_step, length, causal, batch_is_static=True)
@@ -107,7 +106,7 @@ def attention_steps() -> Steps:
 
 
 def training_steps() -> Steps:
-    """Whole training steps of the models of `benchmarks.workloads`, in the sizes of `TRAINING`."""
+    """Returns whole training steps of the models of `benchmarks.workloads`, in the sizes of `TRAINING`."""
 
     def make(workload: workloads.Workload, ours: bool, policy: str) -> Callable[[], Any]:
         model = workloads.make(workload, workloads.OURS if ours else workloads.STOCK, policy, jit_compile=True)
@@ -117,18 +116,18 @@ def training_steps() -> Steps:
 
 
 def whole_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
-    """The step as `fit` takes it, with the optimizer's update, as a function of nothing whose shapes are static.
+    """Returns the step of `fit`, with the optimizer's update, as a function without arguments and with static shapes.
 
     Args:
         model: compiled.
         batch: `(x, y)` or `(x, y, sample_weight)`, of arrays.
 
     Returns:
-        A function that trains on this batch and answers the metrics.
+        A function that trains on this batch and returns the metrics.
     """
     keras_models.build(model, batch)
     model.optimizer.build(model.trainable_variables)
-    # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
+    # In variables, because TensorFlow would compute with constants ahead of time.
     data = keras.tree.map_structure(lambda value: tf.Variable(value, trainable=False), batch)
     return lambda: model.train_step(keras.tree.map_structure(lambda variable: variable.read_value(), data))
 
@@ -166,13 +165,13 @@ def _there(module: str) -> bool:
 
 
 def memory(step: Callable[[], Any], target: str) -> float:
-    """The temporaries and results of a step as a target's compiler lays them out.
+    """Returns the temporaries and results of a step as a target's compiler lays them out.
 
     Results that take the place of an input do not count, as the weights, slots and metrics that a whole training step
     updates: they are in memory before it, between steps and after it. So of a whole step these are its temporaries.
 
     Args:
-        step: what a `tf.function` is made of; the shapes of its variables are static.
+        step: a function for `tf.function`. The shapes of its variables are static.
         target: one of `TARGETS`.
 
     Returns:
@@ -186,7 +185,7 @@ def memory(step: Callable[[], Any], target: str) -> float:
     graph = tf.function(step, jit_compile=True, autograph=False)
     hlo = graph.experimental_get_compiler_ir()(stage="hlo_serialized")
     stats = _compile(hlo, _device(target)).get_compiled_memory_stats()
-    # Before a result is written, its place serves for temporaries, so neither says much without the other.
+    # The place of a result serves for temporaries until it is written, so the two belong together.
     return (stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes) / 2**20
 
 
@@ -207,7 +206,7 @@ def _compile(hlo: bytes, device: Any) -> Any:
 
     text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
     text = text if isinstance(text, str) else text.decode()
-    # TensorFlow leaves mhlo.copy on variables that pass through, which StableHLO has no name for.
+    # TensorFlow leaves mhlo.copy on variables that pass through. StableHLO has no name for it.
     text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
@@ -252,7 +251,7 @@ def row(theme: str, name: str, target: str, cases: list[str]) -> None:
     for case in cases:
         try:
             line = [case, round(memory(THEMES[theme]()[name][case](), target), 3), ""]
-        except Exception as error:  # whichever it is, the other cases go on
+        except Exception as error:  # of any kind; the other cases go on
             line = [case, None, f"{type(error).__name__}: {error}"]
         print(json.dumps(line), flush=True)
 
@@ -279,7 +278,7 @@ def _run_theme(theme: str, targets: Sequence[str], only: Sequence[str], output: 
 
 
 def _earlier(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """The grids of earlier results by their names; none where other versions made them."""
+    """Returns the grids of earlier results by name, or none where other versions made them."""
     results = json.loads(path.read_text()) if path.exists() else {}
     if not results or results["machine"]["versions"] != machine["versions"]:
         return {}
@@ -287,7 +286,7 @@ def _earlier(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_children(theme: str, name: str, target: str, cases: Sequence[str]) -> list[float | None]:
-    """The MiB of the cases of a row, None for what does not compile, as stock bilinear resizing in 16 bits.
+    """Returns the MiB of the cases of a row, None where one does not compile, such as stock 16-bit bilinear resizing.
 
     One process compiles them all. Where the compiler ends it, another one goes on after the case that it was at.
     """

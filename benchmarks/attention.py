@@ -1,11 +1,11 @@
-"""How the memory of attention grows with the length of a sequence: `python -m benchmarks.attention`.
+"""Memory of attention by the length of a sequence: `python -m benchmarks.attention`.
 
-A training step of one `MultiHeadAttention` on itself, batch 1, 8 heads of 64, forward and backward, ours and stock in
-float32 and mixed_bfloat16, with a causal mask and without. Stock keeps matrices of the length squared, so each length
-takes four times the memory of the one before; where that would be more than the limit, it is not run, and the table
-says so. Memory is taken in a process of its own for each case; the times of a length are interleaved in one.
+It takes a training step of one `MultiHeadAttention`, batch 1, 8 heads of 64, forward and backward. The layer is ours or
+stock, in float32 or mixed_bfloat16, with a causal mask or without. Stock keeps matrices of the length squared, so twice
+the length takes four times the memory. Above the limit it is not run, and the table says so. A separate process takes
+the memory of each case. The cases of a length take turns in one process for the times.
 
-`benchmarks.aot` compiles the same steps for TPU v5e and H100; where its results are there, the plot shows them too.
+`benchmarks.aot` compiles the same steps for TPU v5e and H100. The plot shows its results where there are any.
 `--plot-only` draws again from the results.
 """
 
@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import typer
 
+import keras_mp
 from benchmarks import harness, layers
 from benchmarks.harness import Case, Comparison
 
@@ -48,14 +47,14 @@ CLASS = "keras_mp.layers.MultiHeadAttention"
 def make_step(
     length: int, causal: bool, ours: bool, policy: str, *, path: str = CLASS, batch_is_static: bool = False
 ) -> Callable[[], list[Any]]:
-    """A training step of one attention layer; see `benchmarks.layers.make_step`.
+    """Returns a training step of one attention layer; see `benchmarks.layers.make_step`.
 
     Args:
-        length: of the sequence.
-        causal: whether each step attends only to those before it.
+        length: length of the sequence.
+        causal: whether each timestep attends only to earlier ones.
         ours: whether the layer is ours, not the stock one.
         policy: the name of its policy.
-        path: where ours is.
+        path: the path of our layer.
         batch_is_static: whether the graph knows that the batch is 1.
     """
     workload = layers.Workload(
@@ -75,19 +74,19 @@ def _class(path: str) -> Any:
 
 
 def group_name(length: int, causal: bool) -> str:
-    """As the tables show it."""
+    """Returns the name of a case in the tables."""
     return f"{'causal' if causal else 'not causal'}, length {length}"
 
 
 def one_case(length: str, causal: str, ours: str, policy: str, path: str = CLASS) -> list[Case]:
-    """What memory is taken of, for `harness.memory_in_child`; its arguments come from a command line.
+    """Makes the cases for `harness.memory_in_child`, from the arguments of a command line.
 
     Args:
         length: a number.
         causal: "causal" or "not".
         ours: "ours" or "stock".
         policy: the name of the layer's policy.
-        path: where ours is.
+        path: the path of our layer.
     """
     step = make_step(int(length), causal == "causal", ours == "ours", policy, path=path)
     return [Case(layers.case_name(ours == "ours", policy), layers.runner(step))]
@@ -96,15 +95,15 @@ def one_case(length: str, causal: str, ours: str, policy: str, path: str = CLASS
 def run_length(
     length: int, causal: bool, before: Mapping[str, float], *, path: str = CLASS, limit: float, rounds: int
 ) -> dict[str, Any]:
-    """Memory, then times, of one length.
+    """Takes the memory, then the times, of one length.
 
     Args:
-        length: of the sequence.
-        causal: whether each step attends only to those before it.
+        length: length of the sequence.
+        causal: whether each timestep attends only to earlier ones.
         before: MiB of each case at half the length, as far as it was run.
-        path: where ours is.
+        path: the path of our layer.
         limit: MiB above which stock is not run.
-        rounds: how many turns each case gets.
+        rounds: turns of each case.
 
     Returns:
         A group of the harness's results; a case that was not run is in its "not_run", with the reason.
@@ -142,12 +141,12 @@ def run_length(
 
 
 def draw(results: Mapping[str, Any], aot: Mapping[str, Any] | None, path: Path) -> None:
-    """Draws memory over length, both axes logarithmic, a panel for the CPU and one for the TPU where it is known.
+    """Draws memory over length on logarithmic axes, in a panel for the CPU and one for the TPU.
 
     Args:
-        results: what the theme's JSON file holds.
-        aot: what that of `benchmarks.aot` holds. None leaves its panel out.
-        path: of the picture.
+        results: content of the theme's JSON file.
+        aot: content of the JSON file of `benchmarks.aot`. None leaves its panel out.
+        path: path of the picture.
     """
     import matplotlib
 
@@ -192,10 +191,10 @@ def draw(results: Mapping[str, Any], aot: Mapping[str, Any] | None, path: Path) 
 
 
 def cpu_curves(results: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """MiB by length, by the name of the curve.
+    """Returns MiB by length, by the name of the curve.
 
     Args:
-        results: what the theme's JSON file holds.
+        results: content of the theme's JSON file.
     """
     curves: dict[str, dict[int, float]] = {}
     for group in results["groups"]:
@@ -206,7 +205,7 @@ def cpu_curves(results: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 
 
 def compiler_curves(grid: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """The same of a grid that `benchmarks.aot` writes.
+    """Returns the same from a grid that `benchmarks.aot` writes.
 
     Args:
         grid: one of the JSON file's grids.
@@ -241,7 +240,7 @@ def main(
             before: dict[str, float] = {}
             for length in map(int, lengths.split(",")):
                 group = run_length(length, causal, before, path=ours, limit=limit_gib * 1024, rounds=rounds)
-                expected = {name: 4 * value for name, value in before.items()}  # what was not run would have grown
+                expected = {name: 4 * value for name, value in before.items()}  # of cases that are not run
                 before = expected | {name: statistics.median(values) for name, values in group["memory_mib"].items()}
                 results["groups"].append(group)
                 harness.write(results, output)

@@ -1,8 +1,8 @@
-"""How much faster a training step could be if all but its products took no time: `python -m benchmarks.ceiling`.
+"""The limit that matmuls set for the speed of a training step: `python -m benchmarks.ceiling`.
 
-TensorFlow hands out one op after the other here, to all cores, and its profiler tells how long each took. Products and
-convolutions take the time that the hardware's kernels take, whoever calls them; the update of the weights takes that of
-reading and writing them. What is left is what this package can work on.
+TensorFlow runs one op after the other here, on all cores, and its profiler reports the time of each. Matmuls and
+convolutions take the time of the hardware's kernels, whoever calls them. The update takes the time to read and write
+the weights. `keras_mp` can speed up only the rest.
 """
 
 import collections
@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from benchmarks import harness, training, workloads  # isort: skip  (first, so that TensorFlow's banner stays out)
-
 import tensorflow as tf
 import typer
 
-# TensorFlow has no public name for the format that its profiler writes.
+# TensorFlow has no public name for its profiler's format.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from benchmarks import harness, training, workloads
 from benchmarks.harness import Grid
 
 __all__ = ["Parts", "parts", "time_ops"]
@@ -30,12 +29,12 @@ __all__ = ["Parts", "parts", "time_ops"]
 CASES = (training.STOCK_FLOAT32, training.STOCK_MIXED, training.OURS_MIXED)
 ROUNDS, STEPS = 3, 3
 _PRODUCTS = re.compile("MatMul|Conv[123]D|DepthwiseConv|Einsum")
-# Op by op, an update is not told from other arithmetic: stock Keras's counts as the rest.
+# Op by op, an update looks like other arithmetic, so stock Keras's counts as the rest.
 _UPDATES = re.compile("ResourceApply|ResourceSparseApply|ResourceScatter")
 
 
 class Parts(NamedTuple):
-    """Milliseconds of a whole step, of its products, and of its updates by kernels."""
+    """Milliseconds of a whole step, of its matmuls, and of its updates by kernels."""
 
     step: float
     products: float
@@ -43,11 +42,11 @@ class Parts(NamedTuple):
 
 
 def time_ops(run: Callable[[], object], steps: int = STEPS) -> dict[str, float]:
-    """How long the ops of a step take.
+    """Returns the times of the ops of a step.
 
     Args:
-        run: takes one step, and waits for it.
-        steps: how many to take.
+        run: runs one step, and waits for it.
+        steps: number of steps.
 
     Returns:
         Milliseconds of a step by the type of the op, all of that type together.
@@ -72,11 +71,11 @@ def time_ops(run: Callable[[], object], steps: int = STEPS) -> dict[str, float]:
 
 
 def parts(run: Callable[[], object], steps: int = STEPS) -> Parts:
-    """What a step takes, and of it the products and the updates.
+    """Returns the time of a step, of its matmuls, and of its updates.
 
     Args:
-        run: takes one step, and waits for it.
-        steps: how many to take.
+        run: runs one step, and waits for it.
+        steps: number of steps.
     """
     start = time.perf_counter()
     for _ in range(steps):
@@ -90,7 +89,7 @@ def parts(run: Callable[[], object], steps: int = STEPS) -> Parts:
 
 
 def _speedups(rounds: Mapping[str, Sequence[Parts]]) -> list[float]:
-    """How many times as fast as stock Keras's step in float32 ours is, its products with the update, and they alone."""
+    """Returns the speed over stock Keras in float32: of our step, of its matmuls and update, and of its matmuls."""
     stock = [of.step for of in rounds[training.STOCK_FLOAT32]]
     ours = rounds[training.OURS_MIXED]
     times = ([of.step for of in ours], [of.products + of.updates for of in ours], [of.products for of in ours])

@@ -1,7 +1,7 @@
 """Training with replicas and XLA, against stock Keras in the same run: `python -m benchmarks.distribution`.
 
-Two replicas share the two cores that one device has for itself, so what they show is what the second costs, not what
-it gains; that takes two devices. Compile times are taken in processes of their own, where nothing is compiled yet.
+Two replicas share the two cores that one device has for itself. So they show the cost of a second replica, and not its
+gain, which takes two devices. Separate processes take compile times, because nothing is compiled there yet.
 """
 
 import dataclasses
@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 import typer
 
+import keras_mp
 from benchmarks import harness
 from benchmarks.harness import Case, Comparison, Grid, Group
 
@@ -33,9 +32,9 @@ class Setting:
     """One way to train.
 
     Args:
-        name: as the tables show it.
+        name: name in the tables.
         ours: whether by `keras_mp.Model`, not by `keras.Model`.
-        replicas: how many; 1 is TensorFlow's default strategy.
+        replicas: number of replicas; 1 is TensorFlow's default strategy.
         jit_compile: whether XLA compiles.
     """
 
@@ -47,13 +46,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much there is to compute.
+    """Sizes of the workloads.
 
     Args:
         units: width of the four layers of the perceptron.
-        channels: of the convolutions.
-        batch: rows, of all replicas.
-        rounds: how many turns each case gets.
+        channels: channels of the convolutions.
+        batch: rows of all replicas together.
+        rounds: turns of each case.
     """
 
     units: int
@@ -87,7 +86,7 @@ _COMPARISONS = [
 ]
 
 
-@functools.cache  # one over the same devices for all: TensorFlow takes collective operations of two for one another
+@functools.cache  # one for all cases: TensorFlow confuses collective operations of two over the same devices
 def _strategy(replicas: int) -> tf.distribute.Strategy:
     if replicas == 1:
         return tf.distribute.get_strategy()
@@ -118,12 +117,12 @@ class _Counter(keras.layers.Layer):
 def make_model(
     workload: str, setting: Setting, size: Size, policy: str, strategy: tf.distribute.Strategy
 ) -> tuple[keras.Model, tuple[int, ...], _Counter]:
-    """A compiled model, the shape of a row, and what counts its graphs.
+    """Returns a compiled model, the shape of a row, and the layer that counts its graphs.
 
     Args:
         workload: "perceptron" or "convolutions".
         setting: how to train it.
-        size: how much there is to compute.
+        size: the sizes.
         policy: the name of its policy.
         strategy: where to make it.
     """
@@ -156,7 +155,7 @@ def _data(shape: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_case(workload: str, setting: Setting, size: Size, policy: str) -> Case:
-    """One training step, as `fit` takes it, of data that is there.
+    """Returns one training step of `fit`, on data that is ready.
 
     Args:
         workload: as for `make_model`.
@@ -167,7 +166,7 @@ def make_case(workload: str, setting: Setting, size: Size, policy: str) -> Case:
     strategy = _strategy(setting.replicas)
     model, shape, _ = make_model(workload, setting, size, policy, strategy)
     data = _data(shape, size.batch)
-    model.fit(*data, batch_size=size.batch, verbose=0)  # builds all that there is to build
+    model.fit(*data, batch_size=size.batch, verbose=0)  # builds everything
     # The size is known to the graph, as with `drop_remainder`.
     dataset = tf.data.Dataset.from_tensors(data).repeat()
     distributed = dataset if setting.replicas == 1 else strategy.experimental_distribute_dataset(dataset)
@@ -176,15 +175,15 @@ def make_case(workload: str, setting: Setting, size: Size, policy: str) -> Case:
 
 
 def groups(size: Size) -> list[Group]:
-    """What is timed.
+    """Returns the groups to time.
 
     Args:
-        size: how much there is to compute.
+        size: the sizes.
     """
 
     def group(workload: str, policy: str) -> Group:
         def cases() -> Sequence[Case]:
-            _strategy(2)  # before TensorFlow has looked at its devices
+            _strategy(2)  # before TensorFlow looks at its devices
             return [make_case(workload, setting, size, policy) for setting in CASES]
 
         return Group(f"{workload}, {policy}, batch {size.batch}", cases, _COMPARISONS, rounds=size.rounds)
@@ -197,13 +196,13 @@ def groups(size: Size) -> list[Group]:
 
 
 def epochs(name: str, size: Size) -> dict[str, Any]:
-    """Seconds of each of the first epochs of a perceptron, and how many graphs they made of it.
+    """Returns the seconds of the first epochs of a perceptron, and the number of graphs made.
 
     The last batch of each epoch has fewer rows, and no replica has as many as before.
 
     Args:
-        name: of one of `CASES`.
-        size: how much there is to compute.
+        name: name of one of `CASES`.
+        size: the sizes.
 
     Returns:
         "seconds", one for each epoch, and "graphs", how many there were after each.
@@ -222,10 +221,10 @@ def epochs(name: str, size: Size) -> dict[str, Any]:
 
 
 def count_traces(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Grid]:
-    """The tables of what `epochs` found.
+    """Makes the tables of the results of `epochs`.
 
     Args:
-        found: its answers, by the names of cases.
+        found: its results, by the names of cases.
     """
     columns = [f"epoch {number + 1}" for number in range(EPOCHS)]
     return [
@@ -280,7 +279,7 @@ def main(
 
 @app.command(hidden=True)
 def one(name: str, size: str) -> None:
-    """Print what `epochs` finds, as JSON."""
+    """Print the results of `epochs` as JSON."""
     print(json.dumps(epochs(name, SIZES[size])))
 
 

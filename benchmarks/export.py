@@ -1,8 +1,8 @@
 """Size, error and latency of exports of one model, beside Keras's own: `python -m benchmarks.export`.
 
-The model is MobileNetV2 for images of 160 x 160 under mixed_bfloat16, with random weights and logits for outputs. Each
-export is run in a process of its own without Keras, three times in turns with the others, with two made-up rows. The
-error is the largest difference from the Keras model over its largest output; the time the least of the three medians.
+The model is MobileNetV2 for images of 160 x 160 under mixed_bfloat16, with random weights and logits as outputs. Each
+export runs in a separate process without Keras, three times in turns with the others, with two made-up rows. The error
+is the largest difference from the Keras model, over its largest output. The time is the least of three medians.
 """
 
 import os
@@ -30,7 +30,7 @@ VARIANTS = [("float32", "float32"), ("float32", "half"), ("mixed", "float32"), (
 
 def main() -> None:
     """Prints a row for each export."""
-    warnings.simplefilter("ignore", KerasMPWarning)  # of 16 bits on hardware without a use for them
+    warnings.simplefilter("ignore", KerasMPWarning)  # about 16-bit policies on hardware that gains nothing
     keras.utils.set_random_seed(0)
     made = keras.applications.MobileNetV2((160, 160, 3), weights=None, classifier_activation=None)
     model = keras_mp.convert(made, "mixed_bfloat16")

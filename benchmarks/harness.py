@@ -1,12 +1,11 @@
-"""Takes the times of several cases in turns in one process, writes them as JSON, and makes tables from that.
+"""Times several cases in turns in one process, writes JSON, and makes tables from it.
 
-A ratio of two cases is taken round by round, from runs that follow one another, so that whatever slows the machine for
-a while slows both; its median and quartiles over the rounds are what a table shows. `command` makes the command of a
-theme; `python -m benchmarks.harness table benchmarks/results/optimizer.json` prints the table of a result.
+A ratio of two cases is taken round by round, from runs that follow one another. So a slow phase of the machine slows
+both. A table shows the median and quartiles of the ratios. `command` makes the command of a theme. `python -m
+benchmarks.harness table benchmarks/results/optimizer.json` prints the table of a result.
 
-Memory is taken in a process of its own, where the allocator is told to give every freed block back to the system: what
-a run adds is the peak of the process's resident memory during it, less what was resident before. Linux alone keeps such
-a peak and lets it be reset.
+A separate process takes the memory. Its allocator gives every freed block back to the system. The memory of a run is
+the peak of resident memory during it, less the resident memory before. Only Linux keeps such a peak and can reset it.
 """
 
 import ctypes
@@ -60,9 +59,8 @@ RESULTS = Path(__file__).parent / "results"
 IDLE_LOAD = 0.5
 PATIENCE_SECONDS = 180
 
-# TensorFlow built with oneDNN has a pool of its own that gives nothing back; glibc keeps freed blocks for later. From
-# these sizes on, in bytes, glibc asks the system for each block and gives each back; setting them also stops it from
-# raising them by itself.
+# TensorFlow built with oneDNN has a pool that gives nothing back, and glibc keeps freed blocks. From these sizes on, in
+# bytes, glibc gets each block from the system and gives it back. Setting them also stops glibc from raising them.
 ALLOCATOR = {
     "TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -77,9 +75,9 @@ class Case:
     """One thing to time.
 
     Args:
-        name: as the table shows it.
-        run: does it once, and returns only when it is done.
-        note: what the table adds.
+        name: name in the table.
+        run: runs it once, and returns when it is done.
+        note: a note in the table.
     """
 
     name: str
@@ -89,12 +87,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A ratio to show: the time of one case over that of another, and the memory where the group has it.
+    """A ratio to show: time, and memory where the group has it, of one case over another.
 
     Args:
         case: the name of the first.
         against: the names of others; the one with the smallest median is taken.
-        at_most: what the ratio of the times should not exceed. None shows it without a target.
+        at_most: target for the ratio of the times. None shows it without a target.
         memory_at_most: the same for the memory.
     """
 
@@ -110,11 +108,11 @@ class Group:
 
     Args:
         name: the heading of its table.
-        cases: what takes turns. They are made when the group is run and let go after it.
+        cases: makes the cases that take turns. They live while the group runs.
         comparisons: the ratios to show.
-        rounds: how many turns each case gets.
-        memory: what to take the memory of, in a process of its own: "module:function" and the function's arguments,
-            as for `memory_in_child`. Its cases bear names of those that are timed; some may be left out. Empty for no
+        rounds: turns of each case.
+        memory: cases to take the memory of in a separate process: "module:function" and the function's arguments,
+            as for `memory_in_child`. Its cases have the names of timed cases; some may be left out. Empty for no
             memory.
     """
 
@@ -131,9 +129,9 @@ class Grid:
 
     Args:
         name: the heading of its table.
-        unit: of its numbers.
-        corner: what its rows are.
-        columns: their names.
+        unit: unit of its numbers.
+        corner: heading of the column of row names.
+        columns: names of the columns.
         rows: numbers by the name of the row, one for each column; None where there is none.
     """
 
@@ -144,13 +142,13 @@ class Grid:
     rows: Mapping[str, Sequence[float | None]]
 
     def as_json(self) -> dict[str, Any]:
-        """What the JSON file holds of it."""
+        """Returns its part of the JSON file."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The median of some numbers and their first and third quartile."""
+    """The median, the first and the third quartile of some numbers."""
 
     median: float
     lower: float
@@ -158,7 +156,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The median and the quartiles, as `numpy.quantile` has them.
+    """Returns the median and the quartiles, as `numpy.quantile` computes them.
 
     Args:
         values: at least one number.
@@ -175,11 +173,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_ratios(times: Sequence[float], against: Sequence[float]) -> list[float]:
-    """The ratio of each round.
+    """Returns the ratio of each round.
 
     Args:
-        times: of one case, one for each round.
-        against: of another case in the same rounds.
+        times: times of one case, one for each round.
+        against: times of another case in the same rounds.
 
     Example:
 
@@ -190,11 +188,11 @@ def paired_ratios(times: Sequence[float], against: Sequence[float]) -> list[floa
 
 
 def orders(names: Sequence[str], rounds: int, seed: int = 0) -> Iterator[list[str]]:
-    """The order of each round: all names, shuffled anew, so that no case always runs behind the same other.
+    """Yields the order of each round. Names are shuffled, so that no case always follows the same other.
 
     Args:
-        names: of the cases.
-        rounds: how many orders.
+        names: names of the cases.
+        rounds: number of orders.
         seed: makes the same orders again.
     """
     shuffled, generator = list(names), random.Random(seed)
@@ -207,9 +205,9 @@ def measure(cases: Sequence[Case], rounds: int, warm_up: int = 3) -> dict[str, l
     """Runs the cases in turns.
 
     Args:
-        cases: what to time, by different names.
-        rounds: how many times each is run.
-        warm_up: how many times each is run before that, so that everything is traced, compiled and in place.
+        cases: cases to time, with different names.
+        rounds: runs of each case.
+        warm_up: runs of each case before, so that everything is traced and compiled.
 
     Returns:
         Milliseconds by the name of the case, one for each round.
@@ -230,12 +228,12 @@ def measure(cases: Sequence[Case], rounds: int, warm_up: int = 3) -> dict[str, l
 
 
 def peak_memory(run: Callable[[], object], warm_up: int = 2, runs: int = MEMORY_RUNS) -> list[float]:
-    """What a run adds to the resident memory of this process at its peak.
+    """Returns the memory that a run adds to this process at its peak.
 
     Args:
-        run: does it once.
-        warm_up: how many times it is run before, so that what stays for ever is there already.
-        runs: how many times to take it.
+        run: runs it once.
+        warm_up: runs before, so that lasting memory is already taken.
+        runs: number of measurements.
 
     Returns:
         MiB, one for each run.
@@ -249,7 +247,7 @@ def peak_memory(run: Callable[[], object], warm_up: int = 2, runs: int = MEMORY_
     for _ in range(runs):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is that of what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory that is resident now
         before = resident("VmRSS")
         run()
         values.append((resident("VmHWM") - before) / 1024)
@@ -257,11 +255,11 @@ def peak_memory(run: Callable[[], object], warm_up: int = 2, runs: int = MEMORY_
 
 
 def memory_in_child(target: str, *arguments: str) -> dict[str, list[float]]:
-    """`peak_memory` of some cases, in a fresh process whose allocator gives freed memory back.
+    """Returns `peak_memory` of cases, from a fresh process whose allocator gives freed memory back.
 
     Args:
         target: "module:function"; the function makes the cases.
-        arguments: what the function gets.
+        arguments: its arguments.
 
     Returns:
         MiB by the name of the case.
@@ -273,12 +271,12 @@ def memory_in_child(target: str, *arguments: str) -> dict[str, list[float]]:
 
 
 def run_module(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a module of this repository in a process of its own.
+    """Runs a module of this repository in a separate process.
 
     Args:
         module: its dotted name.
-        arguments: of its command.
-        environment: variables to set beside those of this process.
+        arguments: arguments of its command.
+        environment: variables to add to the environment of this process.
 
     Returns:
         The last line it printed.
@@ -294,13 +292,13 @@ def run_module(module: str, *arguments: str, environment: Mapping[str, str] | No
         text=True,
     )
     if process.returncode:
-        print(process.stderr, file=sys.stderr)  # not otherwise: TensorFlow's greetings fill lines each time
+        print(process.stderr, file=sys.stderr)  # not otherwise: TensorFlow's banner fills lines each time
         process.check_returncode()
     return process.stdout.strip().splitlines()[-1]
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the times depend on: processor, accelerators, cores, versions, and the day."""
+    """Returns the processor, accelerators, cores, versions and the day."""
     import keras_mp
 
     hardware = keras_mp.detect()
@@ -343,7 +341,7 @@ def wait_until_idle(limit: float = IDLE_LOAD, patience: float = PATIENCE_SECONDS
 
 
 def begin(theme: str, loaded: bool) -> dict[str, Any]:
-    """What the JSON file of a theme holds before anything is timed.
+    """Returns the JSON of a theme before anything is timed.
 
     Args:
         theme: the name of its files.
@@ -384,7 +382,7 @@ def command(theme: str, groups: Sequence[Group]) -> typer.Typer:
             if only in group.name:
                 print(f"{group.name} ...", file=sys.stderr, flush=True)
                 results["groups"].append(run_group(group, rounds or group.rounds))
-                write(results, output)  # now, so that an interruption loses one group and not all
+                write(results, output)  # now, so that an interruption loses only one group
         print(table(results))
 
     return theme_app
@@ -394,8 +392,8 @@ def write(results: Mapping[str, Any], output: Path) -> None:
     """Writes the two files of a theme.
 
     Args:
-        results: what its JSON file is to hold.
-        output: the folder, made where it is not there.
+        results: content of its JSON file.
+        output: the folder, made if it is missing.
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{results['theme']}.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -403,7 +401,7 @@ def write(results: Mapping[str, Any], output: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown from what a theme's JSON file holds.
+    """Returns Markdown from the content of a theme's JSON file.
 
     Args:
         results: the file, read.
@@ -424,16 +422,16 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def run_group(group: Group, rounds: int) -> dict[str, Any]:
-    """Takes what a group is about.
+    """Runs a group.
 
     Args:
         group: the group.
-        rounds: how many turns each case gets.
+        rounds: turns of each case.
 
     Returns:
-        What the JSON file holds of it.
+        Its part of the JSON file.
     """
-    # Memory first, while this process has not yet made its own copies of the cases.
+    # Memory first, before this process makes copies of the cases.
     memory = memory_in_child(*group.memory) if group.memory else None
     return as_group(group.name, list(group.cases()), group.comparisons, rounds, memory)
 
@@ -445,13 +443,13 @@ def as_group(
     rounds: int,
     memory: Mapping[str, Sequence[float]] | None,
 ) -> dict[str, Any]:
-    """Times cases, and puts them with their memory into what the JSON file holds of a group.
+    """Times cases, and returns a group of the JSON file with their memory.
 
     Args:
-        name: of the group.
-        cases: what takes turns.
+        name: name of the group.
+        cases: the cases that take turns.
         comparisons: the ratios to show.
-        rounds: how many turns each case gets.
+        rounds: turns of each case.
         memory: MiB by the name of the case, or None.
     """
     return {
@@ -492,7 +490,7 @@ def _time_ratio_lines(group: Mapping[str, Any]) -> list[str]:
     lines, seen = [], set()
     for comparison in group["comparisons"]:
         against = min(comparison["against"], key=lambda name: statistics.median(times[name]))
-        if (comparison["case"], against) in seen:  # the fastest of several is one that was compared with already
+        if (comparison["case"], against) in seen:  # the fastest of several was compared with already
             continue
         seen.add((comparison["case"], against))
         each = spread(paired_ratios(times[comparison["case"]], times[against]))
@@ -513,9 +511,7 @@ def _memory_ratio_lines(group: Mapping[str, Any]) -> list[str]:
     memory = {name: statistics.median(values) for name, values in group.get("memory_mib", {}).items()}
     lines = []
     for comparison in group["comparisons"]:
-        if all(
-            name in memory for name in (comparison["case"], *comparison["against"])
-        ):  # it is not taken of every case
+        if all(name in memory for name in (comparison["case"], *comparison["against"])):  # not every case has one
             against = min(comparison["against"], key=memory.__getitem__)
             ratio = memory[comparison["case"]] / memory[against]
             cells = [f"{ratio:.2f}", _target(ratio, comparison["memory_at_most"])]
@@ -529,10 +525,10 @@ def _target(ratio: float, at_most: float | None) -> str:
 
 
 def resident(name: str) -> int:
-    """A number of KiB out of /proc/self/status, of Linux.
+    """Returns a number of KiB from /proc/self/status, on Linux.
 
     Args:
-        name: of it, such as "VmRSS" for what is resident now and "VmHWM" for the peak of that.
+        name: such as "VmRSS" for the resident memory now, and "VmHWM" for its peak.
     """
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(f"{name}:")).split()[1])
@@ -556,15 +552,15 @@ def _number(value: float) -> str:
 
 
 def version(name: str) -> str:
-    """The version of an installed package.
+    """Returns the version of an installed package.
 
     Args:
-        name: of the package.
+        name: name of the package.
     """
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version(f"{name}-cpu")  # TensorFlow without GPU code is a package of its own
+        return importlib.metadata.version(f"{name}-cpu")  # TensorFlow without GPU code is a separate package
 
 
 app = typer.Typer(help="Tables from benchmark results.", add_completion=False, pretty_exceptions_enable=False)
@@ -584,7 +580,7 @@ def _table(paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=Fal
 
 @app.command("memory", hidden=True)
 def _memory(target: str, arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Print the memory of the cases that a function makes, as JSON: what `memory_in_child` starts."""
+    """Print the memory of the cases that a function makes as JSON. `memory_in_child` runs this."""
     module, function = target.split(":")
     cases: Sequence[Case] = getattr(importlib.import_module(module), function)(*(arguments or []))
     print(json.dumps({case.name: peak_memory(case.run) for case in cases}))

@@ -1,14 +1,13 @@
 """Each layer forward and backward, time and memory, against the stock layer: `python -m benchmarks.layers`.
 
-A time is that of one layer: its outputs, and the gradients to its inputs and weights from a gradient that comes from
-above, in one graph whose batch has no static size, as in `fit`. Inputs come in the dtype that the layer before would
-answer in under the policy: 16 bits under a mixed one.
+A time covers one layer: its outputs, and the gradients to its inputs and weights, in one graph. The batch has no static
+size, as in `fit`. Inputs have the dtype that a layer before would return under the policy: a 16-bit one under a mixed
+policy.
 
-Memory is that of four layers, one after the other, so that what each keeps for its backward pass is there four times
-and what it needs for a moment once. The output of a pooling or an attention layer does not fit the next one's input, so
-layers are chained in one way for all: each gets the input times a number made of the output before it. That product is
-the input a layer keeps if it keeps it, and its gradient makes the backward passes wait for one another. What this adds,
-it adds to ours and to stock alike, so a ratio of memory here is nearer to 1 than that of the layers themselves.
+Memory covers a chain of four layers. Tensors for the backward pass are there four times, temporaries once. The output
+of a pooling or an attention layer does not fit the next input. So each layer gets the input times a number made from
+the output before it. A layer may keep this scaled input, and its gradient makes the backward passes wait for one
+another. The chain adds the same memory to ours and to stock, so a ratio here is nearer to 1 than the layers' own.
 """
 
 import dataclasses
@@ -16,12 +15,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_mp
 from benchmarks.harness import Case, Comparison, Group, command
 
 __all__ = [
@@ -54,17 +52,17 @@ LARGE_KERNEL: dict[str, Any] = {"kernel_size": 5, "padding": "same"}
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A layer and what it is given.
+    """A layer and its inputs.
 
     Args:
-        name: of the workload.
-        path: of the class or function under `keras_mp`: "layers.Softmax".
-        shapes: of the inputs, the batch first.
+        name: name of the workload.
+        path: path of the class or function under `keras_mp`: "layers.Softmax".
+        shapes: shapes of the inputs, the batch first.
         settings: arguments of the class. None where `path` is a function of tensors already.
-        call: the layer (or function) and its inputs to its output.
+        call: maps the layer (or function) and its inputs to its output.
         masks, labels: how many inputs there are beside `shapes`: masks of the first's shape without its last axis, and
             class numbers below the first's last axis.
-        stock_path: the same under `keras`. Empty where it is that of ours.
+        stock_path: the same under `keras`. Empty where it equals ours.
         float16: whether to time it in float16 too. Not where TensorFlow has no kernel for that on a CPU.
     """
 
@@ -79,7 +77,7 @@ class Workload:
     float16: bool = True
 
     def small(self) -> "Workload":
-        """The same with as little to compute as shows whether it works."""
+        """Returns the same with tiny sizes, to try it out."""
         shapes = tuple((2, *(min(8, size) for size in shape[1:-1]), min(64, shape[-1])) for shape in self.shapes)
         return dataclasses.replace(self, shapes=shapes)
 
@@ -178,11 +176,11 @@ WORKLOADS = [
 
 
 def find(workload: Workload, ours: bool) -> Any:
-    """The class or function of a workload.
+    """Returns the class or function of a workload.
 
     Args:
         workload: the workload.
-        ours: whether it is that of `keras_mp`, not that of `keras`.
+        ours: whether to take it from `keras_mp`, not from `keras`.
     """
     path = workload.path if ours else workload.stock_path or workload.path
     return functools.reduce(getattr, path.split("."), keras_mp if ours else keras)
@@ -191,14 +189,14 @@ def find(workload: Workload, ours: bool) -> Any:
 def _make(workload: Workload, what: Any, policy: str) -> Any:
     if workload.settings is None:
         return what
-    # A loss has no policy: its dtype is float32, whatever the predictions come in.
+    # A loss has no policy. Its dtype is float32 for every dtype of predictions.
     given = {"dtype": policy} if issubclass(what, keras.layers.Layer) else {}
     return what(**workload.settings, **given)
 
 
 @functools.cache
 def _variable(shape: tuple[int, ...], kind: str, seed: int, batch_is_static: bool) -> tf.Variable:
-    # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
+    # In variables, because TensorFlow would compute with constants ahead of time.
     generator = np.random.default_rng(seed)
     if kind == "bool":
         value: Any = generator.random(shape) < 0.8
@@ -220,16 +218,16 @@ def make_step(
     batch_is_static: bool = False,
     between: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
 ) -> Callable[[], list[tf.Tensor]]:
-    """A training step of a layer or a chain of them, yet to be made a graph.
+    """Returns a training step of a layer, or of a chain of layers, as a Python function.
 
     Args:
-        workload: what the layer is given.
+        workload: the layer and its inputs.
         what: the class, or the function of tensors.
         policy: the name of the layer's policy.
-        depth: how many layers.
-        seed: makes the weights random, and the same again. None leaves those that the layer begins with.
+        depth: number of layers.
+        seed: makes repeatable random weights. None keeps the initial weights.
         batch_is_static: whether the graph knows the size of the batch.
-        between: what each input after the first layer's passes through.
+        between: a function that each input after the first passes through.
 
     Returns:
         A function of nothing to the last output, and the gradients to the floating inputs and to the weights.
@@ -278,10 +276,10 @@ def make_step(
 
 
 def runner(step: Callable[[], list[tf.Tensor]]) -> Callable[[], object]:
-    """A graph of a step, that answers one number out of each result: each is computed, none is kept.
+    """Returns a graph of a step that returns one number of each result. All are computed, none is kept.
 
     Args:
-        step: what `make_step` makes.
+        step: made by `make_step`.
 
     Returns:
         A function that runs the graph, and returns when it is done.
@@ -295,17 +293,17 @@ def runner(step: Callable[[], list[tf.Tensor]]) -> Callable[[], object]:
 
 
 def case_name(ours: bool, policy: str) -> str:
-    """As the tables show it."""
+    """Returns the name of a case in the tables."""
     return f"{'ours' if ours else 'stock'}, {policy}"
 
 
 def make_cases(workload: Workload, policies: Sequence[str], depth: int = 1) -> list[Case]:
-    """Stock and ours under some policies.
+    """Makes the cases of stock and ours under some policies.
 
     Args:
         workload: the workload.
-        policies: their names.
-        depth: how many layers.
+        policies: names of policies.
+        depth: number of layers.
     """
     return [
         Case(
@@ -319,10 +317,10 @@ def make_cases(workload: Workload, policies: Sequence[str], depth: int = 1) -> l
 
 
 def stacked(name: str) -> list[Case]:
-    """What memory is taken of, for `memory_in_child`.
+    """Makes the cases for `memory_in_child`.
 
     Args:
-        name: of the workload.
+        name: name of the workload.
     """
     workload = next(workload for workload in WORKLOADS if workload.name == name)
     # float16 needs the memory that bfloat16 needs.
@@ -330,7 +328,7 @@ def stacked(name: str) -> list[Case]:
 
 
 def group(workload: Workload) -> Group:
-    """The group of a workload.
+    """Makes the group of a workload.
 
     Args:
         workload: one of `WORKLOADS`.

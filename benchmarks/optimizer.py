@@ -1,17 +1,16 @@
 """The optimizer's step alone, with loss scaling and without, against stock Keras: `python -m benchmarks.optimizer`.
 
-The gradients are there before the step, in float32 and multiplied by the loss scale, as a backward pass leaves them.
+The gradients exist before the step, in float32 and times the loss scale, as after a backward pass.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_mp
 from benchmarks.harness import Case, Comparison, Group, command
 
 __all__ = ["GROUPS", "make_step"]
@@ -33,13 +32,13 @@ def make_step(
     jit_compile: bool = False,
     bad: bool = False,
 ) -> Callable[[], None]:
-    """One step of an optimizer on variables of its own, as a function of nothing.
+    """Returns one step of an optimizer on new variables, as a function without arguments.
 
     Args:
         optimizer: with loss scaling or without.
-        shapes: of the variables.
+        shapes: shapes of the variables.
         jit_compile: whether XLA compiles the step as a whole.
-        bad: whether one gradient holds an infinite value.
+        bad: whether one gradient has an infinite value.
     """
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     variables = [keras.Variable(_values(shape, 0, 0.05), name=f"weight_{n}") for n, shape in enumerate(shapes)]
@@ -58,7 +57,7 @@ def make_step(
 
 @functools.cache
 def _gradients(shapes: tuple[tuple[int, ...], ...], scale: float, bad: bool) -> list[tf.Variable]:
-    # In variables, so that no value is a constant that TensorFlow would compute with ahead of time.
+    # In variables, because TensorFlow would compute with constants ahead of time.
     gradients = [tf.Variable(scale * _values(shape, 1, 1e-3)) for shape in shapes]
     if bad:
         last = gradients[-1]

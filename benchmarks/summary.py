@@ -1,4 +1,4 @@
-"""The README's table of the layers, from `benchmarks/results/layers.json`: `python -m benchmarks.summary`."""
+"""Prints the table of layers in docs/measured.md from its JSON file: `python -m benchmarks.summary`."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["rows"]
 
 RESULTS = Path(__file__).parent / "results" / "layers.json"
-COLUMNS = (  # what over what, and what of it
+COLUMNS = (  # a case, the case to divide by, and the quantity
     ("ours, float32", "stock, float32", "times_ms"),
     ("ours, mixed_bfloat16", "stock, mixed_bfloat16", "times_ms"),
     ("ours, mixed_bfloat16", "stock, float32", "times_ms"),
@@ -19,15 +19,15 @@ COLUMNS = (  # what over what, and what of it
 
 
 def _ratio(case: list[float], against: list[float]) -> float:
-    """The median over rounds of the ratio of two cases that were taken in turn."""
+    """Returns the median over rounds of the ratio of two cases taken in turn."""
     return statistics.median(ours / stock for ours, stock in zip(case, against, strict=True))
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of the table.
+    """Yields the lines of the table.
 
     Args:
-        results: of `benchmarks.layers`, as its JSON holds them.
+        results: the JSON of `benchmarks.layers`.
 
     Example:
         >>> case = {"ours, float32": [1.0], "stock, float32": [2.0]}

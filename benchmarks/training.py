@@ -1,15 +1,17 @@
 """Whole training steps, ours against stock Keras's: `python -m benchmarks.training`.
 
-Each workload of `benchmarks.workloads` in eight ways: Keras's layers and ours, in float32 and in mixed_bfloat16, with
-XLA and without, as `fit` takes a step of a batch that is there. Ours is `keras_mp.Model` with `LossScaleOptimizer`, of
-our layers or, for models of `keras.applications`, of what `convert` makes of them, which in float32 is Keras's layers.
+Each workload of `benchmarks.workloads` runs in eight ways: with Keras's layers and ours, in float32 and mixed_bfloat16,
+with XLA and without. A step is the step of `fit` on a batch that is ready. Ours is `keras_mp.Model` with
+`LossScaleOptimizer` and our layers. `convert` makes ours from models of `keras.applications`; in float32 those keep
+Keras's layers.
 
-The peak of resident memory is that of a process that takes five steps, less what is resident before it makes its model:
-weights, the state of the optimizer, compilers and programs, and what grows with the rows of a batch. That last alone is
-what a second process, with twice the rows, needs in addition.
-`python -m benchmarks.training curves` trains each workload for 300 steps, in batches of an eighth of the rows: five
-seeds of stock float32, and the first of them in ours. `python -m benchmarks.training summary` prints the README's table
-and draws its plot from what the others have written.
+The memory is the peak of a process that runs five steps, less the memory before it makes its model. It holds weights,
+optimizer state, compilers and programs, and tensors that grow with the rows. A second process with twice the rows shows
+the last part alone.
+
+`python -m benchmarks.training curves` trains each workload for 300 steps, in batches of an eighth of the rows. It uses
+five seeds of stock float32, and the first of them for ours. `python -m benchmarks.training summary` prints the table in
+docs/measured.md and draws its plot, from the files of the other commands.
 """
 
 import dataclasses
@@ -21,20 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from benchmarks import harness, workloads  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
 import tensorflow as tf
 import typer
 
+from benchmarks import harness, workloads
 from benchmarks.harness import Case, Comparison, Grid
 from benchmarks.workloads import OURS, STOCK, Kit, Workload
 
 __all__ = ["CASES", "compare_curves", "find", "loss_curve", "make_case", "plot", "require_match", "speedup", "summary"]
 
 POLICIES = ("float32", "mixed_bfloat16")
-# By its name: of which kit, under which policy, with XLA or without.
+# By name: the kit, the policy, and whether XLA compiles.
 CASES: dict[str, tuple[Kit, str, bool]] = {
     f"{name}, {policy}{', XLA' * jit_compile}": (kit, policy, jit_compile)
     for jit_compile in (False, True)
@@ -57,31 +58,31 @@ COMPARISONS = [
 ROUNDS = 15
 STEPS, SEEDS, SEGMENT = 300, 5, 10
 ANOTHER_SEED = "stock, float32, another seed"
-_LEAST_MEMORY = 100  # MiB; the same process's peak differs by some 20 from run to run
+_LEAST_MEMORY = 100  # MiB; a peak differs by some 20 from run to run
 PLOT = Path(__file__).parent.parent / "docs" / "training.png"
 
 
 def find(name: str) -> Workload:
-    """A workload by its name.
+    """Returns a workload by name.
 
     Args:
-        name: of one of `benchmarks.workloads`.
+        name: name of one of `benchmarks.workloads`.
     """
     known = [*workloads.WORKLOADS, *workloads.APPLICATIONS, workloads.LANGUAGE_MODEL]
     return next(workload for workload in known if workload.name == name)
 
 
 def make_case(workload: Workload, name: str) -> Case:
-    """One training step, as `fit` takes it, of a batch that is there.
+    """Returns one training step of `fit`, on a batch that is ready.
 
     Args:
-        workload: what is trained.
-        name: of one of `CASES`.
+        workload: the workload to train.
+        name: name of one of `CASES`.
     """
     kit, policy, jit_compile = CASES[name]
     model = workloads.make(workload, kit, policy, jit_compile)
     batch = workload.batches(1)
-    model.fit(*batch, batch_size=workload.batch, verbose=0)  # builds all that there is to build
+    model.fit(*batch, batch_size=workload.batch, verbose=0)  # builds everything
     # The size is known to the graph, as with `drop_remainder`.
     iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
     step = model.make_train_function()
@@ -89,17 +90,17 @@ def make_case(workload: Workload, name: str) -> Case:
 
 
 def loss_curve(workload: Workload, name: str, seed: int, steps: int) -> list[float]:
-    """The loss of each step of a training.
+    """Returns the loss of each step of a training.
 
     Args:
-        workload: what is trained.
-        name: of one of `CASES`.
-        seed: of the initial weights and of the order of the batches.
-        steps: how many.
+        workload: the workload to train.
+        name: name of one of `CASES`.
+        seed: seed of the initial weights and of the order of batches.
+        steps: number of steps.
     """
     kit, policy, jit_compile = CASES[name]
     model = workloads.make(workload, kit, policy, jit_compile, seed)
-    x, y = workload.batches(steps)  # each row once: what is learnt by heart has a loss of next to nothing
+    x, y = workload.batches(steps)  # each row once, because rows learnt by heart have almost no loss
     size = workload.batch
     losses = []
     for start in np.random.default_rng(seed).permutation(steps) * size:
@@ -110,10 +111,10 @@ def loss_curve(workload: Workload, name: str, seed: int, steps: int) -> list[flo
 
 
 def compare_curves(curves: dict[str, Sequence[float]]) -> dict[str, float]:
-    """How far ours is from the same seed of stock float32, where five seeds lie.
+    """Returns how far ours is from the same seed of stock float32, over the spread of five seeds.
 
     Args:
-        curves: the losses of a training by names: "seed 0" to "seed 4" for those of stock float32, and of cases.
+        curves: losses by name: "seed 0" to "seed 4" of stock float32, and the names of cases.
 
     Returns:
         For each case, the largest difference of a mean over ten steps to that of "seed 0", over the spread of the
@@ -138,7 +139,7 @@ def compare_curves(curves: dict[str, Sequence[float]]) -> dict[str, float]:
 
 
 def require_match(only: str, every: Sequence[Workload]) -> None:
-    """Refuses a name that no workload has in its own.
+    """Refuses a text that is in the name of no workload.
 
     Args:
         only: the name.
@@ -153,10 +154,10 @@ def require_match(only: str, every: Sequence[Workload]) -> None:
 
 
 def speedup(group: Mapping[str, Any], case: str, against: str) -> float | None:
-    """How many times faster one case is than another, the median over the rounds of a group.
+    """Returns how many times as fast as another one case is, the median over rounds.
 
     Args:
-        group: as the JSON file holds it.
+        group: a group of the JSON file.
         case: the name of a case.
         against: the name of another.
 
@@ -174,11 +175,11 @@ def speedup(group: Mapping[str, Any], case: str, against: str) -> float | None:
 
 
 def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of the README's table.
+    """Yields the lines of the table in docs/measured.md.
 
     Args:
-        results: as the JSON file of the times holds them.
-        curves: as that of the curves.
+        results: content of the JSON file of the times.
+        curves: content of the JSON file of the curves.
     """
     columns = [name for name in CASES if name != STOCK_FLOAT32]
     yield f"| times as fast as stock float32 | {' | '.join(columns)} | memory | of rows | loss |"
@@ -191,7 +192,7 @@ def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[s
         memory = [grid["rows"].get(group["name"]) for grid in grids]
         loss = deviations.get(group["name"].partition(",")[0], [None])[0]
         cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        # Of a few rows that need little, the difference of two processes says nothing.
+        # For rows that need little memory, the difference of two processes says nothing.
         cells += [f"{m[place] / m[base]:.2f}" if m and m[base] >= _LEAST_MEMORY else "" for m in memory]
         cells += ["" if loss is None else f"{loss:.2f}"]
         yield f"| {group['name']} | {' | '.join(cells)} |"
@@ -203,11 +204,11 @@ def summary(results: Mapping[str, Any], curves: Mapping[str, Any]) -> Iterator[s
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draws how many times as fast as stock float32 each workload is.
+    """Draws the speed of each workload over stock float32.
 
     Args:
-        results: as the JSON file holds them.
-        path: of the picture, PNG.
+        results: content of the JSON file.
+        path: path of the picture, a PNG.
     """
     import matplotlib
 
@@ -250,7 +251,7 @@ def _heading(workload: Workload) -> str:
 
 
 def _peak(workload: Workload, name: str) -> float:
-    """What a process that trains adds to its resident memory at its peak, in MiB."""
+    """Returns the MiB that training adds to a process at its peak."""
     before = harness.resident("VmRSS")
     case = make_case(workload, name)
     for _ in range(5):
@@ -343,7 +344,7 @@ def curves(output: Output = harness.RESULTS, only: Only = "") -> None:
 
 @app.command("summary")
 def print_summary(output: Output = harness.RESULTS) -> None:
-    """Print the README's table and draw its plot."""
+    """Print the table in docs/measured.md and draw its plot."""
     if not (path := output / "training.json").exists():
         raise typer.BadParameter(f"There are no results in {output}. Run `python -m benchmarks.training` first.")
     results = json.loads(path.read_text())
@@ -353,7 +354,7 @@ def print_summary(output: Output = harness.RESULTS) -> None:
 
 @app.command(hidden=True)
 def peak(workload: str, name: str, batches: int) -> None:
-    """Print what `_peak` finds for batches of so many times the rows."""
+    """Print the result of `_peak` for batches with a multiple of the rows."""
     found = find(workload)
     print(_peak(dataclasses.replace(found, batch=batches * found.batch), name))
 

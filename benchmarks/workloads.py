@@ -1,17 +1,17 @@
-"""The models and data of `benchmarks.training`: each written once, and made of Keras's layers or of ours.
+"""The models and data of `benchmarks.training`: each written once, and made from Keras's layers or from ours.
 
-The data is made: labels come from a random network (of tokens, from a table of scores), so that there is something to
-learn and every run learns the same.
+The data is made up. Labels come from a random network, or for tokens from a table of scores. So there is something to
+learn, and every run learns the same.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras_mp  # isort: skip  (first, so that TensorFlow's banner stays out of the output)
-
 import keras
 import numpy as np
+
+import keras_mp
 
 __all__ = ["APPLICATIONS", "LANGUAGE_MODEL", "OURS", "STOCK", "WORKLOADS", "Application", "Kit", "Workload", "make"]
 
@@ -20,16 +20,16 @@ CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Kit:
-    """What a model is made of.
+    """The classes that a model is made from.
 
     Args:
-        ours: whether of this package's classes, where it has one, or of Keras's alone.
+        ours: whether to take this package's classes, where there is one.
     """
 
     ours: bool
 
     def layer(self, name: str, *arguments: Any, **settings: Any) -> Any:
-        """A layer by the name of its class.
+        """Returns a layer by the name of its class.
 
         Args:
             name: of a class of `keras.layers`.
@@ -41,20 +41,20 @@ class Kit:
 
     @property
     def gelu(self) -> Any:
-        """The activation."""
+        """Returns the activation."""
         return keras_mp.activations.gelu if self.ours else "gelu"
 
     @property
     def model(self) -> type[keras.Model]:
-        """What a model of inputs and outputs is."""
+        """Makes a model of inputs and outputs."""
         return keras_mp.Model if self.ours else keras.Model
 
     def loss(self) -> keras.losses.Loss:
-        """Cross-entropy of logits and class numbers."""
+        """Returns the cross-entropy of logits and class numbers."""
         return (keras_mp.losses if self.ours else keras.losses).SparseCategoricalCrossentropy(from_logits=True)
 
     def optimizer(self, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-        """An optimizer as a user of each would have it.
+        """Returns an optimizer as a user of the kit would have it.
 
         Args:
             optimizer: Keras's, which Keras wraps itself where the policy is mixed_float16.
@@ -70,13 +70,13 @@ class Workload:
     """A model and its data.
 
     Args:
-        name: of the workload.
-        build: from a kit and the settings to the model's inputs and outputs, in the policy that is in force.
-        data: from a NumPy generator, a number of rows and the settings to inputs and labels.
+        name: name of the workload.
+        build: makes inputs and outputs from a kit and the settings, under the policy in force.
+        data: makes inputs and labels from a NumPy generator, a number of rows and the settings.
         batch: rows of a step.
         settings: sizes, by names that `build` and `data` know.
-        small: sizes with as little to compute as shows whether it works.
-        learning_rate: of the optimizer.
+        small: tiny sizes, to try it out.
+        learning_rate: rate of the optimizer.
         optimizer: its class. For large embeddings that is Adagrad, as in the tutorials of TensorFlow Recommenders and
             Keras Recommenders.
     """
@@ -91,21 +91,21 @@ class Workload:
     optimizer: type[keras.optimizers.Optimizer] = keras.optimizers.Adam
 
     def model(self, kit: "Kit", policy: str) -> keras.Model:
-        """The model, not compiled.
+        """Returns the model, not compiled.
 
         Args:
-            kit: what it is made of.
+            kit: the kit to make it from.
             policy: the name of its policy.
         """
         with keras_mp.policy_scope(policy):
             return kit.model(*self.build(kit, **self.settings))
 
     def smaller(self) -> "Workload":
-        """The same with next to nothing to compute."""
+        """Returns the same with tiny sizes."""
         return dataclasses.replace(self, settings={**self.settings, **self.small}, batch=8)
 
     def batches(self, count: int, seed: int = 0) -> tuple[Any, np.ndarray]:
-        """Inputs and labels of some batches, one after the other.
+        """Returns inputs and labels of some batches, one after the other.
 
         Args:
             count: of batches.
@@ -116,10 +116,10 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Application(Workload):
-    """A model of `keras.applications`: with Keras as it comes, with ours as `keras_mp.convert` makes it of that."""
+    """A model of `keras.applications`, as it is, or for ours as `keras_mp.convert` makes it."""
 
     def model(self, kit: Kit, policy: str) -> keras.Model:
-        """The model, not compiled.
+        """Returns the model, not compiled.
 
         Args:
             kit: of whom it is.
@@ -135,14 +135,14 @@ class Application(Workload):
 
 
 def make(workload: Workload, kit: Kit, policy: str, jit_compile: bool = False, seed: int = 0) -> keras.Model:
-    """A compiled model.
+    """Returns a compiled model.
 
     Args:
-        workload: what it is.
-        kit: what it is made of.
+        workload: the workload.
+        kit: the kit to make it from.
         policy: the name of its policy.
         jit_compile: whether XLA compiles its step.
-        seed: of its initial weights, which do not depend on kit and policy.
+        seed: seed of its initial weights, which do not depend on kit and policy.
     """
     keras.utils.set_random_seed(seed)
     model = workload.model(kit, policy)
@@ -264,7 +264,7 @@ def _clicks(
 
 
 def _classes(x: np.ndarray) -> np.ndarray:
-    """Labels by a random network with one hidden layer."""
+    """Returns labels from a random network with one hidden layer."""
     generator = np.random.default_rng(1)
     hidden = np.tanh(x @ generator.standard_normal((x.shape[-1], 32), "float32") / x.shape[-1] ** 0.5)
     return (hidden @ generator.standard_normal((32, CLASSES), "float32")).argmax(-1).astype("int32")

@@ -1,11 +1,11 @@
-"""A training loop of one's own: gradient accumulation, clipping, several replicas, checkpoints, and a loss scale.
+"""A custom training loop: gradient accumulation, clipping, several replicas, checkpoints, and a loss scale.
 
 python -m examples.custom_loop                                      # one device
 python -m examples.custom_loop --strategy mirrored                  # all GPUs
 python -m examples.custom_loop --strategy mirrored --replicas 2     # two replicas on the CPU, to try it out
-python -m examples.custom_loop --epochs 10 --resume                 # goes on where the last run ended, or was killed
+python -m examples.custom_loop --epochs 10 --resume                 # continues the last run
 
-A run that was interrupted and resumed ends with the very weights of one that was not.
+A run that was interrupted and resumed ends with the same weights as one that was not.
 """
 
 import os
@@ -15,14 +15,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only errors: the screen is
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import rich
 import tensorflow as tf
 import typer
 from rich.table import Table
 
+import keras_mp
 from examples import image_classification
 from examples.digits import build_model
 
@@ -55,7 +54,7 @@ class Trainer:
         self.batch_size = batch_size
         self.strategy = strategy or tf.distribute.get_strategy()
         keras.utils.set_random_seed(seed)
-        # Every variable has to be made in the strategy's scope, so that each replica has a copy.
+        # Make every variable in the strategy's scope, so that each replica has a copy.
         with self.strategy.scope():
             with keras_mp.policy_scope(policy):
                 self.model = build_model(image_shape, num_classes)
@@ -76,9 +75,9 @@ class Trainer:
         )
 
     def replica_step(self, images: Any, labels: Any) -> tuple[Any, Any]:
-        """One replica's part of a training step: its share of the loss, and how many images it got right."""
+        """Runs one replica's part of a training step. Returns its share of the loss and of the right predictions."""
         with tf.GradientTape() as tape:
-            logits = self.model(images, training=True)  # float32, whatever the policy
+            logits = self.model(images, training=True)  # float32 under every policy
             # Gradients are added up over the replicas, so each replica divides by the size of the global batch.
             loss = tf.nn.compute_average_loss(self.loss(labels, logits), global_batch_size=self.batch_size)
             scaled_loss = self.optimizer.scale_loss(loss)
@@ -88,25 +87,25 @@ class Trainer:
 
     @tf.function
     def train_step(self, batch: Any) -> tuple[Any, Any]:
-        """One training step on all replicas: loss and number of right answers of the global batch."""
+        """Runs one training step on all replicas. Returns the loss and the number of right predictions."""
         results = self.strategy.run(self.replica_step, args=batch)
         loss, correct = (self.strategy.reduce(tf.distribute.ReduceOp.SUM, each, axis=None) for each in results)
         return loss, correct
 
     @tf.function
     def test_step(self, images: Any, labels: Any) -> Any:
-        """How many images the model gets right."""
+        """Returns the number of right predictions."""
         return count_correct(labels, self.model(images, training=False))
 
     def train_epoch(self, dataset: tf.data.Dataset) -> dict[str, float]:
-        """One pass over batches of one size: the mean loss, the accuracy and the number of skipped steps."""
+        """Trains one epoch. Returns the mean loss, the accuracy and the number of skipped steps."""
         loss, correct = keras.metrics.Mean(), keras.metrics.Mean()
         skipped = 0
         for batch in self.strategy.experimental_distribute_dataset(dataset):
             step_loss, step_correct = self.train_step(batch)
             loss.update_state(step_loss)
             correct.update_state(step_correct)
-            # Reading it waits for the step to end. Where steps are short and the device is far, read it now and then.
+            # Reading it waits for the step to end. With short steps on a remote device, read it less often.
             if self.optimizer.last_step_skipped:
                 skipped += 1
         self.epoch.assign_add(1)
@@ -114,12 +113,12 @@ class Trainer:
         return {"loss": float(loss.result()), "accuracy": accuracy, "skipped": skipped}
 
     def test(self, data: image_classification.ImageSet) -> float:
-        """The accuracy on the test images."""
+        """Returns the accuracy on the test images."""
         return sum(int(self.test_step(images, labels)) for images, labels in data.test) / data.num_test
 
 
 def count_correct(labels: Any, logits: Any) -> Any:
-    """How many logits are largest where the label says."""
+    """Counts the rows whose largest logit is at the label."""
     return tf.math.count_nonzero(tf.argmax(logits, axis=-1, output_type=labels.dtype) == labels)
 
 
@@ -151,11 +150,11 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     seed: int = 0,
 ) -> None:
-    """Train in a loop of one's own, with a checkpoint after each epoch, and print how it went."""
+    """Train in a custom loop, with a checkpoint after each epoch, and print the results."""
     where = make_strategy(strategy, replicas)
 
     def load(epoch: int) -> image_classification.ImageSet:
-        # The order of an epoch's batches follows from its number, so a resumed run sees what it would have seen.
+        # The order of batches depends on the epoch's number alone, so a resumed run sees the same batches.
         return image_classification.load(dataset, batch_size, seed=seed + epoch, drop_remainder=True)
 
     data = load(0)

@@ -1,4 +1,4 @@
-"""Trains one small network on handwritten digits in three policies, compares them, exports the best and verifies it.
+"""Trains one small network on handwritten digits under three policies, compares them, and exports the best.
 
 python -m examples.digits                  # what `make demo` runs
 python -m examples.digits --seeds 5        # accuracy with its spread over seeds
@@ -16,15 +16,14 @@ import time
 import warnings
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import numpy as np
 import rich
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import keras_mp
 from examples import image_classification
 from keras_mp.errors import KerasMPWarning
 
@@ -34,7 +33,7 @@ OUTPUT = pathlib.Path(__file__).parent / "output"
 
 @dataclasses.dataclass
 class Run:
-    """One policy's training with one seed, filled in as it goes."""
+    """The training of one policy with one seed, filled in as it goes."""
 
     policy: str
     seed: int
@@ -47,17 +46,17 @@ class Run:
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps the optimizer skipped."""
+        """The number of skipped steps."""
         return int(getattr(self.model.optimizer, "skipped_steps", 0))
 
     @property
     def step_time(self) -> float:
-        """The median step, in milliseconds, without those in which the step was traced and caches were cold."""
+        """The median step in milliseconds, without the first quarter, which traces the step and warms caches."""
         return 1e3 * statistics.median(self.step_seconds[len(self.step_seconds) // 4 :])
 
 
 class StepRecorder(keras.callbacks.Callback):
-    """Notes the loss, the loss scale and the time of each step."""
+    """Records the loss, the loss scale and the time of each training step."""
 
     def __init__(self, run: Run, advance: Any) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class StepRecorder(keras.callbacks.Callback):
 
 
 def build_model(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """A small convolutional network that gives logits, in the global policy."""
+    """Makes a small convolutional network, which returns logits, under the global policy."""
     image = x = keras.Input(image_shape, name="image")
     for filters in (64, 128):
         x = keras_mp.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
@@ -88,20 +87,20 @@ def build_model(image_shape: tuple[int, int, int], num_classes: int) -> keras.Mo
         x = keras.layers.MaxPooling2D()(x)
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dropout(0.3)(x)
-    # The logits are products, which 16 bits do well; their loss and softmax want float32.
+    # Half precision is good enough for the matmul of the logits. Their loss and softmax need float32.
     x = keras_mp.layers.Dense(num_classes)(x)
     return keras.Model(image, keras_mp.layers.Float32(keras.layers.Activation("linear"), name="logits")(x))
 
 
 def start(policy: str, seed: int, dataset: str, batch_size: int) -> Run:
-    """Builds a model and its data; each policy starts from the same weights and sees the same batches."""
+    """Makes a model and its data. Each policy starts from the same weights and sees the same batches."""
     keras.utils.set_random_seed(seed)
     data = image_classification.load(dataset, batch_size, seed=seed, drop_remainder=True)
     with keras_mp.policy_scope(policy):
         model = build_model(data.image_shape, data.num_classes)
     optimizer: keras.optimizers.Optimizer = keras.optimizers.Adam(1e-3)
     if policy != "float32":
-        # The scale grows every 2000 steps by default. The demo is shorter than that and wants to show it grow.
+        # By default the scale grows every 2000 steps. The demo is shorter, and shows it grow.
         optimizer = keras_mp.LossScaleOptimizer(optimizer, dynamic_growth_steps=100)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, metrics=["accuracy"])
@@ -109,7 +108,7 @@ def start(policy: str, seed: int, dataset: str, batch_size: int) -> Run:
 
 
 def train(dataset: str, epochs: int, batch_size: int, seed: int) -> list[Run]:
-    """Trains the policies epoch by epoch in turn, so that a machine that slows down does so for each of them."""
+    """Trains the policies in turn, epoch by epoch. So a machine that slows down slows all of them."""
     runs = [start(policy, seed, dataset, batch_size) for policy in POLICIES]
     columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -132,7 +131,7 @@ def train(dataset: str, epochs: int, batch_size: int, seed: int) -> list[Run]:
 
 
 def compare(runs: list[Run]) -> Table:
-    """The table of the policies, over all seeds."""
+    """Makes a table of the policies over all seeds."""
     seeds = sorted({run.seed for run in runs})
     title = f"Mean and range over {len(seeds)} seeds" if len(seeds) > 1 else None
     table = Table(title=title)
@@ -160,7 +159,7 @@ def compare(runs: list[Run]) -> Table:
 
 
 def verdict(runs: list[Run]) -> str:
-    """Whether the accuracies differ by more than seeds do, in words."""
+    """Says whether the accuracies differ by more than seeds do."""
     by_policy = {policy: [run.accuracy for run in runs if run.policy == policy] for policy in POLICIES}
     if len(by_policy["float32"]) < 2:
         return "One seed says little about accuracy: --seeds 5 shows the spread."
@@ -173,7 +172,7 @@ def verdict(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], path: pathlib.Path) -> None:
-    """Loss curves and loss scales of one seed, as a PNG."""
+    """Draws loss curves and loss scales of one seed as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,11 +203,11 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
 
 
 def export_best(runs: list[Run], folder: pathlib.Path) -> None:
-    """Exports the most accurate run, with probabilities for an output, and runs the export without Keras."""
+    """Exports the most accurate run, with probabilities as output, and runs the export without Keras."""
     best = max(runs, key=lambda run: (run.accuracy, -run.step_time))
     images, labels = (np.concatenate(parts) for parts in zip(*best.data.test.as_numpy_iterator(), strict=True))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KerasMPWarning)  # of 16 bits without a gain, which the table has told
+        warnings.simplefilter("ignore", KerasMPWarning)  # the table has shown the speed
         with keras_mp.policy_scope(best.policy):
             probabilities = keras_mp.layers.Softmax(dtype="float32", name="probabilities")(best.model.output)
         serving = keras.Model(best.model.input, probabilities)
@@ -218,7 +217,7 @@ def export_best(runs: list[Run], folder: pathlib.Path) -> None:
     same = int(np.sum(answers.argmax(-1) == serving.predict(images, verbose=0).argmax(-1)))
     rich.print(
         f"Exported {best.policy} to [bold]{os.path.relpath(path)}[/bold]. Loaded in a fresh process without keras and "
-        f"keras_mp, it gives the model's class for {same} of {len(images)} test images "
+        f"keras_mp, it predicts the model's class for {same} of {len(images)} test images "
         f"({np.mean(answers.argmax(-1) == labels):.2%} right); the largest difference of a probability is "
         f"{report.outputs['probabilities'].largest_error:.1g}."
     )
@@ -234,24 +233,29 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="How many times to train, with seeds 0, 1, ...")] = 1,
 ) -> None:
-    """Train in float32, mixed_bfloat16 and mixed_float16, compare, export the best and verify the export."""
-    hardware = keras_mp.detect()
-    rich.print(f"[bold]{hardware.recommended_policy}[/bold] is recommended here. {hardware.reason}\n")
+    """Train in float32, mixed_bfloat16 and mixed_float16. Compare, export the best, and verify the export."""
+    rich.print(
+        f"A small convolutional network learns the images of {dataset!r} in {', '.join(POLICIES[:-1])} and "
+        f"{POLICIES[-1]}. Each policy starts from the same weights and sees the same batches.\n"
+    )
     runs = []
-    # What keras_mp has to say about a policy on this hardware goes below the table.
+    # Warnings about the speed of a policy on this hardware come last.
     with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("once", keras_mp.errors.KerasMPWarning)
+        warnings.simplefilter("once", KerasMPWarning)
         try:
             for seed in range(seeds):
                 runs += train(dataset, epochs, batch_size, seed)
         except image_classification.DatasetError as error:
             raise SystemExit(str(error)) from None
-    rich.print(compare(runs), verdict(runs), *(str(note.message) for note in notes), "", sep="\n")
+    rich.print(compare(runs), verdict(runs), "", sep="\n")
     first = [run for run in runs if run.seed == 0]
     picture = OUTPUT / f"{dataset.replace('/', '-')}.png"
     draw(first, picture)
     rich.print(f"Loss curves and loss scales: [bold]{os.path.relpath(picture)}[/bold]")
     export_best(first, pathlib.Path("saved_models") / dataset.replace("/", "-"))
+    hardware = keras_mp.detect()
+    rich.print(f"\nFor this hardware [bold]{hardware.recommended_policy}[/bold] is recommended. {hardware.reason}")
+    rich.print(*(str(note.message) for note in notes), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains a small DCGAN on handwritten digits: two networks, two optimizers, and a loss scale for each of them.
 
-python -m examples.gan                            # in the policy that suits the hardware
-python -m examples.gan --policy mixed_float16     # where the loss scales have work to do
+python -m examples.gan                            # under the policy for this hardware
+python -m examples.gan --policy mixed_float16     # where loss scales matter
 python -m examples.gan --jit-compile              # both updates in one step compiled by XLA
 """
 
@@ -13,15 +13,14 @@ import math
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import numpy as np
 import rich
 import tensorflow as tf
 import typer
 from rich.table import Table
 
+import keras_mp
 from examples import image_classification
 
 OUTPUT = pathlib.Path(__file__).parent / "output"
@@ -29,7 +28,7 @@ LATENT_SIZE = 32
 
 
 def build_generator(image_shape: tuple[int, int, int]) -> keras.Model:
-    """A network that makes images in [-1, 1] of noise, in the global policy."""
+    """Makes a network from noise to images in [-1, 1], under the global policy."""
     height, width, channels = image_shape
     noise = x = keras.Input((LATENT_SIZE,), name="noise")
     x = keras_mp.layers.Dense(height // 4 * (width // 4) * 128, use_bias=False)(x)
@@ -41,12 +40,12 @@ def build_generator(image_shape: tuple[int, int, int]) -> keras.Model:
     x = keras_mp.layers.BatchNormalization(momentum=0.9)(x)
     x = keras.layers.ReLU()(x)
     x = keras_mp.layers.Conv2D(channels, 3, padding="same")(x)
-    # What leaves a model is float32: images here, logits below.
+    # Outputs of a model are float32: images here, logits below.
     return keras.Model(noise, keras_mp.layers.Float32(keras.layers.Activation("tanh"), name="image")(x))
 
 
 def build_discriminator(image_shape: tuple[int, int, int], dropout: float = 0.1) -> keras.Model:
-    """A network that tells real images from generated ones by one logit, in the global policy."""
+    """Makes a network whose logit tells real images from generated ones, under the global policy."""
     image = x = keras.Input(image_shape, name="image")
     for filters in (64, 128):
         x = keras_mp.layers.Conv2D(filters, 4, strides=2, padding="same", use_bias=False)(x)
@@ -75,7 +74,7 @@ class GAN(keras.Model):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """What `fit` reports, and resets at the start of each epoch."""
+        """The metrics that `fit` reports, and resets at the start of each epoch."""
         return [self.generator_loss, self.discriminator_loss]
 
     def compile(
@@ -84,7 +83,7 @@ class GAN(keras.Model):
         discriminator_optimizer: keras_mp.LossScaleOptimizer,
         **kwargs: Any,
     ) -> None:
-        """Takes an optimizer for each network, and what `keras.Model.compile` takes."""
+        """Takes an optimizer for each network, and the arguments of `keras.Model.compile`."""
         super().compile(optimizer=None, **kwargs)
         self.generator_optimizer = generator_optimizer
         self.discriminator_optimizer = discriminator_optimizer
@@ -97,7 +96,7 @@ class GAN(keras.Model):
         return self.generator(noise, training=training)
 
     def train_step(self, images: Any) -> dict[str, Any]:
-        """One update of both networks, each with gradients of its own loss, scaled by its own optimizer."""
+        """Updates both networks. Each optimizer scales the loss of its network."""
         noise = keras.random.normal((tf.shape(images)[0], LATENT_SIZE), seed=self.noise)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             generated = self.generator(noise, training=True)
@@ -106,7 +105,7 @@ class GAN(keras.Model):
             # The logits are float32, and so are the losses.
             generator_loss = binary_crossentropy(1.0, fake_logits)
             discriminator_loss = binary_crossentropy(1.0, real_logits) + binary_crossentropy(0.0, fake_logits)
-            # Inside the tapes: what is differentiated is the scaled loss.
+            # Inside the tapes, so that the scaled loss is differentiated.
             scaled_generator_loss = self.generator_optimizer.scale_loss(generator_loss)
             scaled_discriminator_loss = self.discriminator_optimizer.scale_loss(discriminator_loss)
 
@@ -123,22 +122,22 @@ class GAN(keras.Model):
 
 
 def binary_crossentropy(label: float, logits: Any) -> Any:
-    """The mean cross-entropy of logits that all have the same label."""
+    """Returns the mean cross-entropy of logits that all have one label."""
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(tf.fill(tf.shape(logits), label), logits))
 
 
 def load_images(dataset: str, batch_size: int, seed: int) -> tuple[tf.data.Dataset, tuple[int, int, int]]:
-    """Training images in [-1, 1] without their labels, and their shape."""
+    """Returns training images in [-1, 1] without labels, and their shape."""
     data = image_classification.load(dataset, batch_size, seed=seed, drop_remainder=True)
     return data.train.map(lambda image, label: 2.0 * image - 1.0), data.image_shape
 
 
 def build(policy: str, image_shape: tuple[int, int, int], seed: int = 0, jit_compile: bool = False) -> GAN:
-    """A compiled GAN whose networks compute in the given policy."""
+    """Makes a compiled GAN whose networks compute under a policy."""
     keras.utils.set_random_seed(seed)
     with keras_mp.policy_scope(policy):
         gan = GAN(build_generator(image_shape), build_discriminator(image_shape), seed)
-    # The scale grows every 2000 steps by default. This training is shorter than that.
+    # By default the scale grows every 2000 steps. This training is shorter.
     gan.compile(
         generator_optimizer=keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3, 0.5), dynamic_growth_steps=200),
         discriminator_optimizer=keras_mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3, 0.5), dynamic_growth_steps=200),
@@ -148,7 +147,7 @@ def build(policy: str, image_shape: tuple[int, int, int], seed: int = 0, jit_com
 
 
 def train(gan: GAN, images: tf.data.Dataset, epochs: int) -> Table:
-    """Trains, and returns about ten lines on how it went."""
+    """Trains, and returns about ten lines of results."""
     optimizers = gan.generator_optimizer, gan.discriminator_optimizer
     names = [metric.name for metric in gan.metrics]
     headings = [name.replace("_", " ") for name in names]
@@ -166,7 +165,7 @@ def train(gan: GAN, images: tf.data.Dataset, epochs: int) -> Table:
 
 
 def draw(images: Any, path: pathlib.Path) -> None:
-    """Images in [-1, 1], as many as make full rows of eight, as a PNG."""
+    """Draws full rows of eight images in [-1, 1] as a PNG."""
     images = np.clip((np.asarray(images) + 1) / 2, 0, 1)
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.5)
     _, height, width, channels = images.shape

@@ -1,26 +1,26 @@
-"""Trains a Wasserstein GAN with gradient penalty on handwritten digits: second-order gradients in 16 bits.
+"""Trains a Wasserstein GAN with gradient penalty on handwritten digits, with 16-bit second-order gradients.
 
-python -m examples.gradient_penalty                           # in the policy that suits the hardware
+python -m examples.gradient_penalty                           # under the policy for this hardware
 python -m examples.gradient_penalty --policy mixed_float16    # where scaling both gradients matters
 
-The penalty of Gulrajani et al., "Improved Training of Wasserstein GANs" (https://arxiv.org/abs/1704.00028), is made of
-a gradient: that of the critic's scores with respect to its input. So there are two backward passes, both in 16 bits:
+The penalty comes from Gulrajani et al., "Improved Training of Wasserstein GANs" (https://arxiv.org/abs/1704.00028). It
+uses the gradient of the critic's scores with respect to the input. So there are two 16-bit backward passes:
 
-1. The inner one, for the norm in the penalty. No optimizer sees it, so nobody scales and unscales it but we.
-2. The outer one, through the penalty and so through the inner one, for the weights. The optimizer unscales this one.
+1. The inner one, for the norm in the penalty. No optimizer sees it, so this example scales and unscales it.
+2. The outer one, through the penalty and the inner one, for the weights. The optimizer unscales it.
 
-Both need the scale, and the first time it must be gone again before the penalty is computed: the penalty is no linear
-function of the inner gradient, so a factor left in there could never be divided out. In order, as in PyTorch's guide
+Both need the scale. The inner gradient must be unscaled before the penalty, which is not linear in it. A factor left in
+there could not be divided out later. PyTorch's guide has the same order
 (https://docs.pytorch.org/docs/stable/notes/amp_examples.html, "Gradient penalty"):
 
-    inner = gradient of (scale * scores)        16-bit products, kept clear of underflow by the scale
+    inner = gradient of (scale * scores)        16-bit matmuls; the scale avoids underflow
     inner = float32(inner) / scale              back to size, in float32
     penalty = mean((norm(inner) - 1)**2)        in float32: squares overflow float16 above 255
     loss = ... + weight * penalty               the true loss
     gradients of optimizer.scale_loss(loss)     as in every training step; the optimizer unscales them
 
-Should the scale be too large for the inner gradient, the penalty is not finite, and neither are the gradients of the
-loss: the step is skipped and the scale backs off, as it does for the outer gradient.
+If the scale is too large for the inner gradient, the penalty is not finite, and neither are the gradients of the loss.
+The step is skipped and the scale backs off, as for the outer gradient.
 """
 
 import os
@@ -30,13 +30,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only errors: the screen is
 import pathlib
 from typing import Annotated, Any
 
-import keras_mp  # first of the heavy imports: it knows how to keep TensorFlow's banner off the screen
-
-import keras  # isort: skip
+import keras
 import rich
 import tensorflow as tf
 import typer
 
+import keras_mp
 from examples.gan import GAN, LATENT_SIZE, OUTPUT, build_discriminator, build_generator, draw, load_images, train
 
 
@@ -50,16 +49,16 @@ def input_gradient(model: keras.Model, inputs: Any, scale: Any) -> Any:
     """
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        # The sum: the score of one example does not depend on the others, so its gradient is that example's own.
+        # A score depends on its example alone, so the gradient of the sum holds the gradient of each example.
         scaled = scale * tf.reduce_sum(tf.cast(model(inputs, training=True), tf.float32))
     return tf.cast(tape.gradient(scaled, inputs), tf.float32) / scale
 
 
 def gradient_penalty(critic: keras.Model, images: Any, scale: Any) -> Any:
-    """How far the norms of the critic's input gradients are from 1, as a float32 scalar."""
+    """Returns how far the norms of the critic's input gradients are from 1, as a float32 scalar."""
     gradient = input_gradient(critic, images, scale)
     squares = tf.reduce_sum(gradient**2, axis=list(range(1, len(gradient.shape))))
-    # The slope of a square root is infinite at 0, and a NaN in the outer gradient; hence the small number.
+    # The slope of a square root is infinite at 0, which makes the outer gradient NaN. Hence the small number.
     return tf.reduce_mean((tf.sqrt(squares + 1e-12) - 1.0) ** 2)
 
 
@@ -89,18 +88,18 @@ class WassersteinGAN(GAN):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """What `fit` reports."""
+        """The metrics that `fit` reports."""
         return [*super().metrics, self.penalty]
 
     def train_step(self, images: Any) -> dict[str, Any]:
-        """One update of the critic on each part of the batch, then one of the generator."""
+        """Updates the critic on each part of the batch, then the generator."""
         for real in tf.split(images, self.critic_steps):
             self.train_critic(real)
         self.train_generator(tf.shape(images)[0] // self.critic_steps)
         return {metric.name: metric.result() for metric in self.metrics}
 
     def train_critic(self, real: Any) -> None:
-        """One update of the critic."""
+        """Updates the critic."""
         critic, optimizer = self.discriminator, self.discriminator_optimizer
         count = tf.shape(real)[0]
         generated = self.generator(self.make_noise(count), training=True)
@@ -117,7 +116,7 @@ class WassersteinGAN(GAN):
         self.penalty.update_state(penalty)
 
     def train_generator(self, count: Any) -> None:
-        """One update of the generator: no penalty, nothing of the second order."""
+        """Updates the generator, without penalty or second-order gradients."""
         generator, optimizer = self.generator, self.generator_optimizer
         with tf.GradientTape() as tape:
             loss = -tf.reduce_mean(self.discriminator(generator(self.make_noise(count), training=True), training=True))
@@ -127,14 +126,14 @@ class WassersteinGAN(GAN):
         self.generator_loss.update_state(loss)
 
     def make_noise(self, count: Any) -> Any:
-        """Fresh noise for so many images."""
+        """Returns fresh noise for a number of images."""
         return keras.random.normal((count, LATENT_SIZE), seed=self.noise)
 
 
 def build(
     policy: str, image_shape: tuple[int, int, int], critic_steps: int = 5, seed: int = 0, jit_compile: bool = False
 ) -> WassersteinGAN:
-    """A compiled WassersteinGAN whose networks compute in the given policy."""
+    """Makes a compiled WassersteinGAN whose networks compute under a policy."""
     keras.utils.set_random_seed(seed)
     with keras_mp.policy_scope(policy):
         # Dropout would draw one mask for the penalty and another for the scores.

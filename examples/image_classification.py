@@ -1,7 +1,7 @@
 """Image-classification sets of tensorflow-datasets as input pipelines, for the examples.
 
-`load()` takes any of them by name (`digits`, `mnist`, `cifar10`, ...) and yields float32 images in [0, 1]. A pipeline
-never casts to 16 bits: that is the policy's work, and float32 input is right under each of them.
+`load()` takes any of them by name (`digits`, `mnist`, `cifar10`, ...) and returns float32 images in [0, 1]. A pipeline
+never casts to half precision: the policy does, and float32 input is right under every policy.
 
 ```
 DatasetError
@@ -54,11 +54,11 @@ __all__ = [
 
 _IN_MEMORY_BYTES = 2**30  # a larger split is read from disk in every epoch
 _SHUFFLE_BUFFER = 10_000  # examples, for a split that is read from disk
-_TIMEOUT = 10.0  # seconds to wait for a server's first answer
+_TIMEOUT = 10.0  # seconds to wait for a server's first reply
 
 
 class DatasetError(Exception):
-    """Base class of the errors about a dataset that `load` cannot give."""
+    """Base class of the errors about a dataset that `load` cannot return."""
 
 
 class DatasetNotFoundError(DatasetError, ValueError):
@@ -75,7 +75,7 @@ class DatasetUnavailableError(DatasetError, FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Input pipelines and what a model needs to know to be built for them.
+    """Input pipelines, and the shapes and names that a model is built with.
 
     Attributes:
         name: the dataset's name, as it was given.
@@ -121,18 +121,18 @@ def load(
         name: a name of tensorflow-datasets, such as "mnist" or "cifar10", with a configuration or version if wanted
             ("emnist/letters"). "digits" is the UCI handwritten digits and needs no network.
         batch_size: images in a batch.
-        image_size: (height, width) in pixels to which images are resized; needed where those of a set differ in size.
-        splits: what to train and to test on, in the notation of tensorflow-datasets, for example
-            ("train[:90%]", "train[90%:]"). By default "train" and the first of "test" and "validation" that there is;
-            where there is neither, the last fifth of "train" is for testing.
+        image_size: (height, width) in pixels to which images are resized. Needed where images differ in size.
+        splits: for training and testing, in the notation of tensorflow-datasets, for example
+            ("train[:90%]", "train[90%:]"). By default "train", and "test" or "validation". Where there is neither, the
+            last fifth of "train" is for testing.
         seed: fixes the order of the training images, together with TensorFlow's global seed.
         drop_remainder: whether to leave out a last training batch that is not full, so that every step has one shape.
         data_dir: where prepared datasets are kept. By default the environment variable `TFDS_DATA_DIR`, and where it
             is not set, `~/tensorflow_datasets`.
 
     Returns:
-        An `ImageSet`. Images are divided by the largest value that a pixel can have: `max_value` of the dataset's
-        metadata where it says one (16 for "digits"), else that of the stored type (255 for uint8).
+        An `ImageSet`. Images are divided by the largest value of a pixel. This is `max_value` in the dataset's metadata
+        (16 for "digits"), or the largest value of the stored type (255 for uint8).
 
     Raises:
         DatasetNotFoundError: no dataset has that name.
@@ -192,7 +192,7 @@ def load(
 
 
 def _builder(name: str, root: str) -> Any:
-    """The builder of a dataset by name; raises `DatasetNotFoundError` where there is none."""
+    """Returns the builder of a dataset by name, or raises `DatasetNotFoundError`."""
     try:
         return tfds.builder(name, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
@@ -213,7 +213,7 @@ def _builder(name: str, root: str) -> Any:
 
 
 def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
-    """The names of the image and of the label; raises `NotImageClassificationError` where there are none."""
+    """Returns the names of the image and of the label, or raises `NotImageClassificationError`."""
     features = builder.info.features
     keys = builder.info.supervised_keys
     found = "no pair of input and label"
@@ -234,7 +234,7 @@ def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
 
 
 def _image_shape(name: str, image: Any, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """The shape of every image of the pipeline, resized where it has to be."""
+    """Returns the shape of every image of the pipeline, after resizing."""
     height, width, channels = image.shape
     if image_size is not None:
         height, width = image_size
@@ -247,13 +247,13 @@ def _image_shape(name: str, image: Any, image_size: tuple[int, int] | None) -> t
 
 
 def _max_value(builder: Any, key: str) -> float:
-    """The largest value that a pixel can have: the dataset's own, or that of the type it is stored in."""
+    """Returns the largest value of a pixel, from the metadata or from the stored type."""
     stated = (builder.info.metadata or {}).get("max_value")
     return float(stated if stated is not None else np.iinfo(builder.info.features[key].np_dtype).max)
 
 
 def _default_splits(name: str, builder: Any) -> tuple[str, str]:
-    """The splits to train and to test on where none were asked for."""
+    """Returns the default splits for training and testing."""
     names = set(builder.info.splits)
     if "train" not in names:
         raise NotImageClassificationError(
@@ -267,7 +267,7 @@ def _default_splits(name: str, builder: Any) -> tuple[str, str]:
 
 
 def _num_examples(name: str, builder: Any, split: str) -> int:
-    """The number of examples in a split; raises `ArgumentError` where there is no such split."""
+    """Returns the number of examples in a split, or raises `ArgumentError`."""
     try:
         count = int(builder.info.splits[split].num_examples)
     except (KeyError, ValueError) as error:
@@ -288,7 +288,7 @@ def _examples(
     image_size: tuple[int, int] | None,
     seed: int | None,
 ) -> tf.data.Dataset:
-    """The (image, label) pairs of a split, from memory where they fit.
+    """Returns the (image, label) pairs of a split, from memory where they fit.
 
     They are held as tensors rather than by `Dataset.cache`, which warns when a reader stops before the end.
     """
@@ -319,8 +319,8 @@ def _is_prepared(path: str | os.PathLike[str]) -> bool:
 def _prepare(name: str, root: str, builder: Any) -> None:
     """Downloads and writes a dataset, so that others see the whole of it or nothing.
 
-    It is written in a folder of its own and moved when it is complete. tensorflow-datasets does the like, but names its
-    folder with Python's random numbers, so that two processes with one seed write to the same one.
+    It is written in a temporary folder, and moved when it is complete. tensorflow-datasets does so too, but names its
+    folder by Python's random numbers. Two processes with one seed would write to the same folder.
     """
     _require_network(name, root, builder)
     target = Path(builder.data_path)
@@ -365,12 +365,12 @@ def _require_network(name: str, root: str, builder: Any) -> None:
         opener = urllib.request.build_opener()  # a new one, which reads the proxy settings as they are now
         with opener.open(urllib.request.Request(url, method="HEAD"), timeout=_TIMEOUT):
             return
-    except urllib.error.HTTPError as error:  # any answer shows that the server is there
+    except urllib.error.HTTPError as error:  # any reply shows that the server is there
         error.close()
     except OSError as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
-            return  # tensorflow-datasets brings certificates of its own
+            return  # tensorflow-datasets has its own certificates
         raise DatasetUnavailableError(
             f"{name!r} is not prepared in {root}, and it cannot be downloaded here: {host} cannot be reached "
             f"({getattr(reason, 'strerror', None) or reason}). {_advice(root)}"
@@ -378,7 +378,7 @@ def _require_network(name: str, root: str, builder: Any) -> None:
 
 
 def _advice(root: str) -> str:
-    """What to type where a dataset cannot be had."""
+    """Says what to type where a dataset is missing."""
     return (
         "Type --dataset digits for the set that needs no download, or prepare this one on a machine with a network, "
         f"copy its folder of prepared data here and set TFDS_DATA_DIR to it (now {root})."

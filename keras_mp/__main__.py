@@ -1,4 +1,4 @@
-"""`python -m keras_mp`: the `keras-mp` command, where the folder of scripts is not on the path."""
+"""`python -m keras_mp` runs the `keras-mp` command without its script on the path."""
 
 from keras_mp.cli.app import app
 

@@ -4,19 +4,22 @@
 KerasMPError
 ├── MissingTensorFlowError (ImportError)   TensorFlow is not installed, or Keras runs on another backend
 ├── PolicyError (ValueError)               a dtype policy that does not exist
-├── ArgumentError (ValueError)             an argument that no optimizer, layer or function here can work with
+├── ArgumentError (ValueError)             an argument that an optimizer, layer or function cannot use
 ├── ConversionError (ValueError)           a model that cannot be converted to another dtype policy
-├── DistributionError (ValueError)         a strategy, cluster or batch that replicas cannot work with
-├── WorkerLostError (RuntimeError)         another worker of a multi-worker job does not answer any more
+├── DistributionError (ValueError)         a strategy, cluster or batch that replicas cannot use
+├── WorkerLostError (RuntimeError)         another worker of a multi-worker job no longer responds
 ├── CompilationError (RuntimeError)        XLA cannot compile a layer
 ├── LossScaleStuckError (RuntimeError)     too many steps in a row were skipped
-└── ExportError (ValueError)               a model cannot be written there, or what was written is not the model
+└── ExportError (ValueError)               a model cannot be exported, or its export does not equal the model
     └── ExportWriteError (OSError)         the disk is full, or the folder cannot be written to
 ```
 
-Each is also the built-in exception that Keras raises in the like case, so that code written for Keras catches it. Each
-message says what was given, what was expected, and what to type instead. Besides these there is one warning,
-`KerasMPWarning`, for what works but is not what the user is likely to want.
+Each is also the built-in exception that Keras raises in such a case, so code written for Keras catches it. Each message
+says what was given, what was expected, and what to type instead. There is one warning, `KerasMPWarning`. It is for code
+that works but probably not as the user wants.
+
+The layers, losses, activations and optimizer that stand in for Keras's raise Keras's own errors for wrong shapes and
+arguments.
 """
 
 __all__ = [
@@ -38,8 +41,8 @@ __all__ = [
 class KerasMPError(Exception):
     """Base class of all the errors that keras_mp raises on purpose."""
 
-    # Raised while TensorFlow traces a user's function, an error of a class that TensorFlow does not know would reach
-    # the user as its `StagingError`. With this attribute it lets them through as they are.
+    # While TensorFlow traces a user's function, it turns an unknown error class into its `StagingError`. This attribute
+    # prevents that.
     ag_pass_through = True
 
 
@@ -52,7 +55,7 @@ class PolicyError(KerasMPError, ValueError):
 
 
 class ArgumentError(KerasMPError, ValueError):
-    """An argument that no optimizer, layer or function here can work with."""
+    """An argument that an optimizer, layer or function cannot use."""
 
 
 class ConversionError(KerasMPError, ValueError):
@@ -60,11 +63,11 @@ class ConversionError(KerasMPError, ValueError):
 
 
 class DistributionError(KerasMPError, ValueError):
-    """A strategy, a cluster or a batch that replicas cannot work with."""
+    """A strategy, cluster or batch that replicas cannot use."""
 
 
 class WorkerLostError(KerasMPError, RuntimeError):
-    """Another worker of a multi-worker job does not answer any more."""
+    """Another worker of a multi-worker job no longer responds."""
 
 
 class CompilationError(KerasMPError, RuntimeError):
@@ -76,7 +79,7 @@ class LossScaleStuckError(KerasMPError, RuntimeError):
 
 
 class ExportError(KerasMPError, ValueError):
-    """A model cannot be written where it was asked for, or what was written does not equal the model."""
+    """A model cannot be exported, or its export does not equal the model."""
 
 
 class ExportWriteError(ExportError, OSError):
@@ -84,4 +87,4 @@ class ExportWriteError(ExportError, OSError):
 
 
 class KerasMPWarning(UserWarning):
-    """Something works, but is not what the user is likely to want."""
+    """Some code works, but probably not as the user wants."""

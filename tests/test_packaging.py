@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_package_alone(built):
         names = wheel.namelist()
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"keras_mp"}
-    assert {"keras_mp/py.typed", "keras_mp/export/_run_saved_model.py", "keras_mp/layers/softmax.py"} <= set(names)
+    assert {"keras_mp/py.typed", "keras_mp/exporting/_run_saved_model.py", "keras_mp/layers/softmax.py"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     for extra in ("cpu", "gpu", "tpu", "serving", "litert", "onnx", "dev", "examples"):

@@ -1,1 +1,1 @@
-"""Datasets in the layout of tensorflow-datasets: one folder a dataset, with its builder, description and citation."""
+"""Datasets in the layout of tensorflow-datasets. Each folder has a builder, a description and a citation."""

@@ -1,1 +1,1 @@
-"""Serving an export: the real server's command, a client for its two interfaces, and a double to try the client on."""
+"""Serving an export: a client for TensorFlow Serving, a double to try it on, and a load run."""

@@ -1,10 +1,10 @@
-r"""Asks a model server, by REST or by gRPC.
+r"""Sends requests to a model server, by REST or by gRPC.
 
 python -m examples.serve.client saved_models/digits/1 --rest http://127.0.0.1:8501
 python -m examples.serve.client saved_models/digits/1 --grpc 127.0.0.1:8500
 
-It sends the rows that the export keeps, and compares the answers with those that the export keeps beside them. The
-server is TensorFlow Serving, which was not run in the making of this example:
+It sends the sample rows in the export, and compares the outputs with the sample outputs there. The server is TensorFlow
+Serving. It was not run for this example:
 
 docker run --rm -p 8500:8500 -p 8501:8501 -e MODEL_NAME=digits \
     -v "$PWD/saved_models/digits:/models/digits" tensorflow/serving
@@ -30,13 +30,13 @@ __all__ = ["ServerError", "ask_grpc", "ask_rest"]
 
 
 class ServerError(RuntimeError):
-    """What the server said instead of an answer."""
+    """The reason why the server returned no outputs."""
 
 
 def ask_rest(
     url: str, name: str, inputs: Mapping[str, np.ndarray], signature: str = "serving_default", timeout: float = 30
 ) -> dict[str, np.ndarray]:
-    """Predicts through the REST interface, in its column format, which says what is an input's and what a row's.
+    """Predicts through the REST interface, in its column format.
 
     Args:
         url: the server, such as "http://127.0.0.1:8501".
@@ -110,7 +110,7 @@ def main(
     rest: Annotated[str | None, typer.Option(help="Address of the REST interface.")] = None,
     grpc: Annotated[str | None, typer.Option(help="Host and port of the gRPC interface.")] = None,
 ) -> None:
-    """Send the rows that an export keeps to a server, and compare its answers with those that the export keeps."""
+    """Send the sample rows of an export to a server, and compare its outputs with the sample outputs."""
     from keras_mp.exporting.sample import read_sample
 
     inputs, answers = read_sample(version)

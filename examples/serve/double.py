@@ -1,10 +1,10 @@
-"""A double of TensorFlow Serving, to try clients on: it answers from an export, by TensorFlow Serving's JSON rules.
+"""A double of TensorFlow Serving, to try clients on. It serves an export by TensorFlow Serving's JSON rules.
 
 python -m examples.serve.double saved_models/digits            # REST on 127.0.0.1:8501, gRPC on 127.0.0.1:8500
 
-It is no server for real use: no batching, no warm-up, no watch for new versions. What it shares with TensorFlow Serving
-are the addresses, the two formats of a request ("instances" and "inputs"), which dtypes there are in JSON, base64 for
-bytes, and that an error comes as {"error": ...} with a status of 400, 404 or 501. It needs TensorFlow alone.
+It is no server for real use: it has no batching, no warm-up, and no watch for new versions. Like TensorFlow Serving it
+has the addresses, the two formats of a request ("instances" and "inputs"), the dtypes of JSON, and base64 for bytes.
+Errors are {"error": ...} with a status of 400, 404 or 501. It needs TensorFlow alone.
 """
 
 import base64
@@ -33,11 +33,11 @@ DTYPES = {
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error.
+    """A request that gets an error.
 
     Args:
-        status: of HTTP.
-        message: what is said.
+        status: the HTTP status.
+        message: the text of the error.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -63,12 +63,12 @@ class Double:
 
     @property
     def url(self) -> str:
-        """Where the REST interface listens."""
+        """The address of the REST interface."""
         return f"http://127.0.0.1:{self.rest.server_port}"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Double"]:
-        """Answers REST in threads of its own as long as the block runs."""
+        """Serves REST in other threads while the block runs."""
         thread = threading.Thread(target=self.rest.serve_forever, daemon=True)
         thread.start()
         try:
@@ -80,7 +80,7 @@ class Double:
 
     @contextlib.contextmanager
     def listening_grpc(self, port: int = 0) -> Iterator[str]:
-        """Answers gRPC as long as the block runs; gives host and port."""
+        """Serves gRPC while the block runs. Yields host and port."""
         from concurrent import futures
 
         import grpc
@@ -143,7 +143,7 @@ class Double:
             raise RefusedError(400, str(error).splitlines()[0]) from error
 
     def predict(self, name: str, content: bytes) -> dict[str, Any]:
-        """Answers a request in JSON.
+        """Returns the reply to a request in JSON.
 
         Args:
             name: the model's.
@@ -309,7 +309,7 @@ def main(
     rest: Annotated[int, typer.Option(help="Port of the REST interface.")] = 8501,
     grpc: Annotated[int, typer.Option(help="Port of the gRPC interface.")] = 8500,
 ) -> None:
-    """Answer for an export on 127.0.0.1 as TensorFlow Serving would, to try clients on."""
+    """Serve an export on 127.0.0.1 as TensorFlow Serving would, to try clients on."""
     double = Double(folder, rest)
     with double.listening(), double.listening_grpc(grpc) as address:
         typer.echo(

@@ -1,4 +1,4 @@
-"""Loads a model server with requests and says how long they took.
+"""Loads a model server with requests, and prints their times.
 
 python -m examples.serve.load saved_models/digits                                        # against the double
 python -m examples.serve.load saved_models/digits --rest http://127.0.0.1:8501           # against a server that runs
@@ -66,7 +66,7 @@ def main(
     clients: Annotated[int, typer.Option(min=1, help="How many at once.")] = 4,
     requests: Annotated[int, typer.Option(min=1, help="How many each sends.")] = 200,
 ) -> None:
-    """Send requests to a model server from several clients at once, and print how long they took."""
+    """Send requests to a model server from several clients at once, and print their times."""
     version = folder / str(max(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()))
     with contextlib.ExitStack() as stack:
         url = rest or stack.enter_context(Double(folder).listening()).url

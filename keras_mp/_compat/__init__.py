@@ -1,13 +1,13 @@
-"""The TensorFlow and Keras that are installed: the only place that uses their private names, or changes them.
+"""The only place that uses private names and attributes of TensorFlow and Keras, or changes them.
 
-Each private name stands here with the reason why a public one is not enough. `tests/_compat` fails with the name in its
-message when one of them moves.
+Each private name comes with the reason why no public one will do. When one of them moves, a test in `tests/_compat`
+names it.
 """
 
-from keras_mp._compat.startup import require_tensorflow
+from keras_mp._compat import startup
 
-require_tensorflow()
+startup.require_tensorflow()
 
-from keras_mp._compat import patches  # noqa: E402  (only after its absence is explained)
+from keras_mp._compat import patches  # noqa: E402  (a missing TensorFlow is explained first)
 
 patches.install()

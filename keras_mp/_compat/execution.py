@@ -1,4 +1,4 @@
-"""Where the code that runs now is executed: by XLA, under a gradient tape, on a CPU, in forward mode."""
+"""Where the current code runs: in XLA, under a gradient tape, on a CPU, in forward mode."""
 
 import dataclasses
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# The operation that XLA does not optimize across has no public name, and no gradient.
+# The operation across which XLA does not optimize has no public name, and no gradient.
 from tensorflow.compiler.tf2xla.python import xla as _xla
 
 # No public name tells whether a forward accumulator is watching a tensor.
@@ -16,13 +16,14 @@ from tensorflow.python.eager import forwardprop_util as _forwardprop_util
 # No public name tells whether a gradient tape is watching. It decides whether a function is compiled on its own.
 from tensorflow.python.eager import record as _record
 
-# No public name tells whether the function that is being traced will be compiled by XLA. It decides whether an op that
-# calls back into Python, which XLA cannot compile, may be placed in the graph.
+# No public name tells whether XLA will compile the function that is being traced. XLA cannot compile ops that call back
+# into Python.
 from tensorflow.python.ops import control_flow_util as _control_flow_util
 
-# `tf.vectorized_map` replaces ops one by one and so loses gradients of one's own, and has no public name to ask whether
-# it is at work.
+# `tf.vectorized_map` replaces single ops and so loses custom gradients. No public name tells whether it is tracing.
 from tensorflow.python.ops.parallel_for import control_flow_ops as _parallel_for
+
+from keras_mp._compat import patches
 
 __all__ = [
     "Execution",
@@ -37,14 +38,14 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Where a layer's call is executed. A layer asks `current` once in its call and passes the value on.
+    """Where a layer's call runs. A layer asks `current` once in its call and passes the value on.
 
     Attributes:
-        training: whether a gradient tape records what is computed, and takes the gradients that we define.
+        training: whether a gradient tape records the call and uses custom gradients.
         on_cpu: whether there is neither a GPU nor a TPU.
         in_xla: whether XLA compiles the function that is being traced.
         in_vectorized_map: whether `tf.vectorized_map` is tracing.
-        replicas: how many replicas run this in step; 1 outside a replica.
+        replicas: the number of replicas that run this together; 1 outside a replica.
     """
 
     training: bool
@@ -55,13 +56,14 @@ class Execution:
 
 
 def current() -> Execution:
-    """Returns where the code that runs now is executed.
+    """Returns where the current code runs.
 
     Example:
 
     >>> current().training
     False
     """
+    patches.install_on_first_use()
     replica = tf.distribute.get_replica_context()
     vectorized = _in_vectorized_map()
     return Execution(
@@ -74,7 +76,7 @@ def current() -> Execution:
 
 
 def in_xla_context() -> bool:
-    """Whether the code that is running now is being traced for XLA.
+    """Returns whether the current code is being traced for XLA.
 
     Returns:
         True inside `tf.function(jit_compile=True)` and inside the step of a TPU strategy, False in eager code and in
@@ -86,20 +88,20 @@ def in_xla_context() -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether operations run on a CPU, for there is no GPU and no TPU."""
+    """Returns whether there is neither a GPU nor a TPU."""
     return not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU")
 
 
 def optimization_barrier(x: tf.Tensor) -> tf.Tensor:
-    """The same tensor, which XLA takes for another, that it knows nothing about but the dtype and the shape.
+    """Returns the same tensor, but XLA knows only its dtype and shape.
 
-    It neither computes it anew in the place where it is used, nor keeps in float32 what was rounded to 16 bits. Only
-    XLA can run it: ask `in_xla_context` first.
+    So XLA does not recompute it where it is used, and does not undo its rounding to half precision. Only XLA can run
+    this op: ask `in_xla_context` first.
 
     Args:
         x: of any dtype and shape.
     """
-    return x if forward_mode(x) else _optimization_barrier(x)  # of which there is no forward derivative
+    return x if forward_mode(x) else _optimization_barrier(x)  # the op has no forward derivative
 
 
 @tf.custom_gradient
@@ -108,24 +110,24 @@ def _optimization_barrier(x: tf.Tensor) -> Any:
 
 
 def recording() -> bool:
-    """Whether a gradient tape is watching what is computed now, so that this is the forward pass of a training step.
+    """Returns whether a gradient tape watches, as in the forward pass of a training step.
 
-    Not so inside of `tf.vectorized_map`: a tape outside of it sees other ops, and none of our gradients.
+    It is False inside `tf.vectorized_map`: a tape outside sees other ops, and no custom gradients.
     """
     return bool(_record.could_possibly_record()) and not _in_vectorized_map()
 
 
 def forward_mode(*tensors: Any) -> bool:
-    """Whether a `tf.autodiff.ForwardAccumulator` follows one of these tensors now.
+    """Returns whether a `tf.autodiff.ForwardAccumulator` watches one of these tensors.
 
     Args:
-        tensors: what an operation is about to get.
+        tensors: the inputs of an operation.
     """
     return bool(_forwardprop_util.pack_tangents([each for each in tensors if isinstance(each, tf.Tensor)]).tangents)
 
 
 def _in_vectorized_map() -> bool:
-    """Whether what is computed now is traced by `tf.vectorized_map`."""
+    """Returns whether `tf.vectorized_map` is tracing the current code."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "loop_fn" and frame.f_globals is vars(_parallel_for):

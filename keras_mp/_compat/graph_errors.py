@@ -1,4 +1,4 @@
-"""Exceptions of Python that are raised inside a graph and reach its caller with their own type."""
+"""Python exceptions that are raised inside a graph and reach the caller with their own type."""
 
 import itertools
 from collections.abc import Callable
@@ -6,20 +6,21 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = [
-    "raise_from_graph",
-]
+__all__ = ["raise_from_graph", "unknown_error_or_its_cause"]
 
-# An exception that a Python op raises in a graph reaches the caller of the graph as a `tf.errors.UnknownError` with its
-# text; the exception itself is lost, and `except LossScaleStuckError` around `model.fit` would not catch it. TensorFlow
-# makes that error by calling the class, from C++, and so the class hands back what `raise_from_graph` has left here.
+# An exception that a Python op raises in a graph reaches the caller as a `tf.errors.UnknownError` with its text. The
+# exception itself is lost, so `except LossScaleStuckError` around `model.fit` would not catch it. TensorFlow's C++ code
+# makes that error by calling the class. So the class returns the exception that `raise_from_graph` has stored here.
 _raised_in_graph: dict[str, Exception] = {}
 
 
 _raise_numbers = itertools.count()
 
 
-def _unknown_error_or_its_cause(cls, node_def=None, op=None, message="", *args):
+def unknown_error_or_its_cause(
+    cls: type, node_def: Any = None, op: Any = None, message: Any = "", *args: Any
+) -> Exception:
+    """Stands for `tf.errors.UnknownError.__new__`, which Python inherits from `Exception`."""
     for mark, error in _raised_in_graph.items():
         if mark in str(message):
             del _raised_in_graph[mark]
@@ -27,10 +28,10 @@ def _unknown_error_or_its_cause(cls, node_def=None, op=None, message="", *args):
     return Exception.__new__(cls, node_def, op, message, *args)
 
 
-def _graph_error_type(error_type: Any) -> Any:
-    # Python accepts from a class only an instance of that class, so what it hands back must be an UnknownError too.
+def _graph_error_type(error_type: type[Exception]) -> Any:
+    # A class may only make instances of itself, so the stored exception must be an UnknownError too.
     members = {
-        "__init__": lambda self, *args: None,  # runs on an instance that is complete
+        "__init__": lambda self, *args: None,  # Python calls it on the finished instance
         "__str__": Exception.__str__,
         "__module__": error_type.__module__,
     }
@@ -46,16 +47,16 @@ def _as_graph_error(error: Exception) -> Exception:
 
 
 def raise_from_graph(make_error: Callable[..., Exception], arguments: list[tf.Tensor]) -> tf.Operation:
-    """Places an op in the graph that raises a Python exception when it runs, of the very type that was made.
+    """Places an op in the graph that raises a Python exception of its own type when it runs.
 
-    XLA cannot compile it: ask `in_xla_context` first.
+    XLA cannot compile it: ask `execution.current().in_xla` first. `patches.install_on_first_use` must have run.
 
     Args:
         make_error: gets the arguments as NumPy values, returns the exception.
-        arguments: what it is told.
+        arguments: the tensors for `make_error`.
 
     Returns:
-        The op; it must be in a branch of `tf.cond` or have dependents, or nothing runs it.
+        The op. It must be in a branch of `tf.cond` or have dependents, or it never runs.
     """
 
     @tf.autograph.experimental.do_not_convert

@@ -1,125 +1,151 @@
 """Calls before training, around epochs and around each layer's call, for which Keras has no hook."""
 
 import contextlib
-import functools
-import threading
+import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from keras_mp._compat.replacing import replaced
+
 __all__ = [
+    "after_compile",
+    "after_epoch",
+    "before_making_a_step",
+    "before_training",
     "call_around_epochs",
     "call_before_training",
     "watched_calls",
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """The callbacks of one `watched_calls` block."""
+
+    begins: Callable[[keras.Operation, Any], Any]
+    ends: Callable[[Any, Any], None]
+    fails: Callable[[Any], None]
+    adds_loss: Callable[[keras.Layer], None]
+
+
+# A new thread starts without a context, so the calls of other threads are not watched.
+_watch: contextvars.ContextVar[_Watch | None] = contextvars.ContextVar("_watch", default=None)
+
+_call, _add_loss = keras.Operation.__call__, keras.Layer.add_loss
+
+
+def _watched_call(self: keras.Operation, *args: Any, **kwargs: Any) -> Any:
+    watch = _watch.get()
+    if watch is None:
+        return _call(self, *args, **kwargs)
+    mark = watch.begins(self, (args, kwargs))
+    try:
+        outputs = _call(self, *args, **kwargs)
+    except BaseException:
+        watch.fails(mark)
+        raise
+    watch.ends(mark, outputs)
+    return outputs
+
+
+def _watched_add_loss(self: keras.Layer, loss: Any) -> None:
+    watch = _watch.get()
+    if watch is not None:
+        watch.adds_loss(self)
+    _add_loss(self, loss)
+
+
 @contextlib.contextmanager
 def watched_calls(
-    begins: Callable[[keras.Operation, Any], Any],
-    ends: Callable[[Any, Any], None],
-    fails: Callable[[Any], None],
-    adds_loss: Callable[[keras.Layer], None],
+    begins: Callable[[keras.Operation, Any], Any] = lambda operation, arguments: operation,
+    ends: Callable[[Any, Any], None] = lambda mark, outputs: None,
+    fails: Callable[[Any], None] = lambda mark: None,
+    adds_loss: Callable[[keras.Layer], None] = lambda layer: None,
 ) -> Iterator[None]:
-    """Inside, and in this thread, tells of every call of a layer or of a graph's operation, and of losses of layers.
+    """Watches the calls of layers and of a graph's operations, and the losses that layers add, in this thread.
 
-    Keras has no hook around a call; what is replaced here comes back with the end of the block.
+    Keras has no hook around a call.
 
     Args:
-        begins: gets the layer or operation and its arguments, which Keras has cast. What it returns is a mark.
+        begins: gets the layer or operation and its arguments, which Keras has cast. It returns a mark, by default the
+            layer or operation.
         ends: gets the mark and the outputs.
-        fails: gets the mark where there is an error instead.
+        fails: gets the mark after an error.
         adds_loss: gets the layer whose `add_loss` is called.
     """
-    thread = threading.get_ident()
-    call, add_loss = keras.Operation.__call__, keras.Layer.add_loss
-
-    def watched_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return call(self, *args, **kwargs)
-        mark = begins(self, (args, kwargs))
-        try:
-            outputs = call(self, *args, **kwargs)
-        except BaseException:
-            fails(mark)
-            raise
-        ends(mark, outputs)
-        return outputs
-
-    def watched_add_loss(self: Any, loss: Any) -> None:
-        if threading.get_ident() == thread:
-            adds_loss(self)
-        add_loss(self, loss)
-
-    keras.Operation.__call__, keras.Layer.add_loss = watched_call, watched_add_loss
+    token = _watch.set(_Watch(begins, ends, fails, adds_loss))
     try:
-        yield
+        with (
+            replaced(keras.Operation, __call__=_watched_call),
+            replaced(keras.Layer, add_loss=_watched_add_loss),
+        ):
+            yield
     finally:
-        keras.Operation.__call__, keras.Layer.add_loss = call, add_loss
+        _watch.reset(token)
 
 
-_before_training: list[Callable[[keras.Model], None]] = []
+_checks: list[Callable[[keras.Model], None]] = []
+_begins: list[Callable[[keras.Model], None]] = []
+_ends: list[Callable[[keras.Model], None]] = []
 
 
 def call_before_training(check: Callable[[keras.Model], None]) -> None:
-    """Has every Keras model looked at before it is trained, with all its optimizers in place.
+    """Calls a function with every Keras model before it is trained, when all its optimizers are set.
 
-    Keras has no hook there. A model is looked at when its `compile` is done; one whose class has a `compile` of its
-    own, which sets more optimizers after Keras's, when its training step is made.
+    This starts with the first use of keras_mp. A model is checked at the end of its `compile`. If its class overrides
+    `compile`, it may set more optimizers afterwards, so it is checked when its training step is made.
 
     Args:
         check: gets the model.
     """
-    _before_training.append(check)
-    if len(_before_training) > 1:
-        return  # the hook is there already
-    trainer = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
-    maker = next(cls for cls in keras.Model.__mro__ if "make_train_function" in vars(cls))
-    compile_model, make_train_function = trainer.compile, maker.make_train_function
-
-    def look_at(model: keras.Model) -> None:
-        for each in _before_training:
-            each(model)
-
-    @functools.wraps(compile_model)
-    def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = compile_model(self, *args, **kwargs)
-        if type(self).compile is compile_and_check:
-            look_at(self)
-        return result
-
-    @functools.wraps(make_train_function)
-    def check_and_make(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(self).compile is not compile_and_check and self.train_function is None:
-            look_at(self)
-        return make_train_function(self, *args, **kwargs)
-
-    trainer.compile, maker.make_train_function = compile_and_check, check_and_make
+    _checks.append(check)
 
 
 def call_around_epochs(begin: Callable[[keras.Model], None], end: Callable[[keras.Model], None]) -> None:
-    """Has functions called with every Keras model whose `fit` begins, and with those that end an epoch.
+    """Calls functions with every Keras model whose `fit` begins, and with every one that ends an epoch.
 
-    Keras calls callbacks of the user's only.
+    This starts with the first use of keras_mp. Keras calls only the user's callbacks.
 
     Args:
         begin: gets the model before the first epoch.
         end: gets the model after each epoch.
     """
-    callbacks = keras.callbacks.CallbackList
-    on_train_begin, on_epoch_end = callbacks.on_train_begin, callbacks.on_epoch_end
+    _begins.append(begin)
+    _ends.append(end)
 
-    @functools.wraps(on_train_begin)
-    def begin_first(self: Any, logs: Any = None) -> None:
-        if self.model is not None:
-            begin(self.model)
-        on_train_begin(self, logs)
 
-    @functools.wraps(on_epoch_end)
-    def end_then(self: Any, epoch: int, logs: Any = None) -> None:
-        on_epoch_end(self, epoch, logs)
-        if self.model is not None:
-            end(self.model)
+def _overrides_compile(model: keras.Model) -> bool:
+    return type(model).compile is not keras.Model.compile
 
-    callbacks.on_train_begin, callbacks.on_epoch_end = begin_first, end_then
+
+def after_compile(result: Any, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+    """Follows `keras.Model.compile`."""
+    if not _overrides_compile(model):
+        for check in _checks:
+            check(model)
+    return result
+
+
+def before_making_a_step(model: keras.Model, *args: Any, **kwargs: Any) -> None:
+    """Precedes `keras.Model.make_train_function`."""
+    if _overrides_compile(model) and model.train_function is None:
+        for check in _checks:
+            check(model)
+
+
+def before_training(callbacks: keras.callbacks.CallbackList, logs: Any = None) -> None:
+    """Precedes `CallbackList.on_train_begin`."""
+    if callbacks.model is not None:
+        for begin in _begins:
+            begin(callbacks.model)
+
+
+def after_epoch(result: Any, callbacks: keras.callbacks.CallbackList, epoch: int, logs: Any = None) -> Any:
+    """Follows `CallbackList.on_epoch_end`."""
+    if callbacks.model is not None:
+        for end in _ends:
+            end(callbacks.model)
+    return result

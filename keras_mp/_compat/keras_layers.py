@@ -11,10 +11,10 @@ import tensorflow as tf
 # The cell of convolutional LSTMs has no public name to inherit from.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
-# What Keras keeps the arguments of a constructor in, and whether Python code in files is run.
+# The class in which Keras keeps the arguments of a constructor has no public name.
 from keras.src.saving import serialization_lib as _serialization_lib
 
-# What keeps track of the variables and layers of a layer, which a copy has to list in the order of the original.
+# The class that tracks a layer's variables and layers has no public name. A copy must list them in the same order.
 from keras.src.utils.tracking import Tracker as _Tracker
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "checkpointed",
     "copy_of_table",
     "inner_layers",
+    "is_trackable",
     "is_tracker",
     "layers_by_path",
     "lock_alike",
@@ -43,40 +44,40 @@ __all__ = [
 ]
 
 
-# Keras has no public name for what its layers, activations and losses attach to tensors: the mask that goes along with
-# them, and the logits behind probabilities.
+# Keras's layers, activations and losses attach masks and logits to tensors, under no public name.
 def logits_of(tensor: Any) -> Any:
-    """The logits that a softmax or sigmoid has attached to its probabilities, or None."""
+    """Returns the logits that a softmax or sigmoid has attached to its probabilities, or None."""
     return getattr(tensor, "_keras_logits", None)
 
 
 def mask_of(tensor: Any) -> Any:
-    """The Keras mask that goes along with a tensor, or None."""
+    """Returns the Keras mask of a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)
 
 
 def with_logits(tensor: Any, logits: Any) -> Any:
-    """The tensor itself, with logits attached where Keras's losses look for them."""
+    """Attaches logits where Keras's losses look for them, and returns the tensor."""
     tensor._keras_logits = logits
     return tensor
 
 
 def with_mask(tensor: Any, mask: Any) -> Any:
-    """The tensor itself, with a Keras mask attached."""
+    """Attaches a Keras mask, and returns the tensor."""
     tensor._keras_mask = mask
     return tensor
 
 
 # Keras has no public name for the layers inside a layer that is not a model.
 def inner_layers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layers that a layer holds itself, not those inside them."""
+    """Returns the layers directly inside a layer."""
     return list(layer._layers)
 
 
 def layers_by_path(layer: keras.Layer) -> dict[str, keras.Layer]:
-    """A layer and all layers inside it, by the names from the outermost down, joined by "/".
+    """Returns a layer and all layers inside it, by path: the names from the outermost down, joined by "/".
 
-    A layer that is used in several places stands at the first of them. Of several of one path, the first is given.
+    A layer that is used in several places has the path of the first. If several layers share a path, the first is
+    given.
 
     Args:
         layer: a layer or model.
@@ -88,7 +89,7 @@ def layers_by_path(layer: keras.Layer) -> dict[str, keras.Layer]:
 
 
 def paths_of_layers(layer: keras.Layer) -> list[tuple[keras.Layer, str]]:
-    """A layer and all layers inside it, each once, with its path as in `layers_by_path`; some may have the same.
+    """Returns a layer and all layers inside it, each once, with its path. Several layers may share a path.
 
     Args:
         layer: a layer or model.
@@ -107,60 +108,59 @@ def paths_of_layers(layer: keras.Layer) -> list[tuple[keras.Layer, str]]:
     return found
 
 
-# What follows is for copies of models. Keras copies a model by its configuration alone, which many have none of.
+# The rest is for copies of models. Keras copies a model by its configuration alone, and many models have none.
 def auto_config(layer: keras.Layer) -> Any:
-    """The arguments that a layer without a `get_config` of its own was made with, or None where Keras keeps none."""
+    """Returns the constructor's arguments of a layer that defines no `get_config`, or None if Keras keeps none."""
     kept = getattr(layer, "_auto_config", None)
     return None if kept is None else dict(kept.config)
 
 
 def set_auto_config(layer: keras.Layer, arguments: "dict[str, Any] | None") -> None:
-    """Sets what `auto_config` tells, on a layer that was not made by its constructor."""
+    """Sets the result of `auto_config`, on a layer that was not made by its constructor."""
     layer._auto_config = None if arguments is None else _serialization_lib.SerializableDict(**arguments)
 
 
 def set_dtype_policy(layer: keras.Layer, policy: keras.DTypePolicy) -> None:
-    """Sets the policy of a layer whose variables fit it already. The property would quantize the layer."""
+    """Sets the policy of a layer whose variables already fit it. The property would quantize the layer."""
     layer._dtype_policy = policy
 
 
-# Attributes that every layer has from `keras.Layer`, which no public name tells from those of its class. A copy has
-# them from its own constructor. Of these a copy gets the value of the original; the others are tied to one object.
+# Every layer has attributes from `keras.Layer`, which no public name tells from those of its own class. A copy has them
+# from its own constructor. It gets the original's values of these; the others belong to one object.
 _KEPT = ("_build_shapes_dict", "_call_context_args", "_call_has_context_arg", "_remat_mode")
 
 
 def own_settings(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
-    """Those attributes among some that hold a setting and not a part of the layer.
+    """Returns the attributes that hold a setting, not a part of the layer.
 
     Args:
         layer: a layer.
-        names: attributes that a constructor of Keras has set.
+        names: attributes that Keras's constructor has set.
     """
     kinds = (bool, str, int, keras.layers.InputSpec, type(None))
-    # The strategy is that of the scope in which the copy is made.
+    # The copy has the strategy of the scope in which it is made.
     there = {name: vars(layer)[name] for name in names if name in vars(layer) and name != "_distribute_strategy"}
     return {name: value for name, value in there.items() if name in _KEPT or isinstance(value, kinds)}
 
 
-# What a layer, a metric or an optimizer tracks has no public name that tells one store from another and lists the items
-# in the order that `weights` has.
+# No public name lists the tracked items of a layer, metric or optimizer by store and in the order of `weights`.
 def is_tracker(value: Any) -> bool:
-    """Whether an object is what Keras tracks the parts of another with."""
+    """Returns whether an object is a tracker of Keras."""
     return isinstance(value, _Tracker)
 
 
 def tracked(owner: Any) -> dict[str, list[Any]]:
-    """What a layer, a metric or an optimizer tracks, by kind.
+    """Returns the tracked items of a layer, metric or optimizer, by store.
 
     Args:
-        owner: one of these. Another object tracks nothing.
+        owner: one of these. Other objects track nothing.
     """
     tracker = getattr(owner, "_tracker", None)
     return {} if tracker is None else {name: list(items) for name, (_, items) in tracker.config.items()}
 
 
 def set_tracked(owner: Any, store: str, items: list[Any]) -> None:
-    """Sets what `tracked` tells of one kind."""
+    """Sets the tracked items of one store."""
     tracker = owner._tracker
     kept = tracker.config[store][1]
     if [*map(id, kept)] != [*map(id, items)]:
@@ -170,11 +170,11 @@ def set_tracked(owner: Any, store: str, items: list[Any]) -> None:
 
 
 def tracker_like(tracker: Any, list_of: Callable[[list[Any]], list[Any]]) -> Any:
-    """A tracker like another.
+    """Returns a copy of a tracker.
 
     Args:
-        tracker: the other.
-        list_of: from a list that it keeps to the one that takes its place.
+        tracker: the original.
+        list_of: maps a list of the original to the list that replaces it.
     """
     config = {name: (test, list_of(items)) for name, (test, items) in tracker.config.items()}
     copy = _Tracker(config, exclusions=tracker.exclusions)
@@ -184,7 +184,7 @@ def tracker_like(tracker: Any, list_of: Callable[[list[Any]], list[Any]]) -> Any
 
 @contextlib.contextmanager
 def unlocked(layer: keras.Layer) -> Iterator[None]:
-    """Inside, a layer that is built takes further variables and layers."""
+    """Inside, a built layer accepts more variables and layers."""
     tracker = layer._tracker
     locked, message = tracker.locked, tracker._lock_violation_msg
     tracker.unlock()
@@ -196,12 +196,12 @@ def unlocked(layer: keras.Layer) -> Iterator[None]:
 
 
 def lock_alike(layer: keras.Layer, copy: keras.Layer) -> None:
-    """Has a copy take further variables and layers if the original does."""
+    """Makes a copy accept more variables and layers if the original does."""
     copy._tracker.locked, copy._tracker._lock_violation_msg = layer._tracker.locked, layer._tracker._lock_violation_msg
 
 
 def names_of_tensorflow() -> frozenset[str]:
-    """The attributes in which TensorFlow keeps what it tracks on an object. Others may begin with `_self_` as well."""
+    """Returns the attributes that TensorFlow sets on the objects it tracks. Others may begin with `_self_` as well."""
     return _names_of_tensorflow()
 
 
@@ -213,17 +213,17 @@ def _names_of_tensorflow() -> frozenset[str]:
 
 
 def checkpointed(owner: Any, name: str) -> bool:
-    """Whether TensorFlow saves an attribute in checkpoints, which it does not where it was set behind its back."""
+    """Returns whether TensorFlow saves an attribute in checkpoints. It does not if `__setattr__` was bypassed."""
     return name in getattr(owner, "_self_unconditional_dependency_names", ())
 
 
 def without_attribute(layer: keras.Layer, name: str) -> None:
-    """Takes an attribute away. Keras's own way collects garbage, of the whole process, each time."""
+    """Deletes an attribute. Keras's own way collects the garbage of the whole process each time."""
     tf.__internal__.tracking.AutoTrackable.__delattr__(layer, name)
 
 
 def copy_of_table(table: Any) -> Any:
-    """A copy of a lookup table that changes; nothing public tells what it was made with.
+    """Returns a copy of a mutable lookup table. No public name tells the arguments that it was made with.
 
     Args:
         table: a `tf.lookup.experimental.MutableHashTable` or `DenseHashTable`.
@@ -240,3 +240,8 @@ def copy_of_table(table: Any) -> Any:
     copy = type(table)(table.key_dtype, table.value_dtype, **arguments)
     copy.insert(keys, values)
     return copy
+
+
+def is_trackable(value: Any) -> bool:
+    """Whether TensorFlow can save an object in checkpoints, which no public name tells."""
+    return isinstance(value, tf.__internal__.tracking.Trackable)

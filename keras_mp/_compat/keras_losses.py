@@ -1,4 +1,4 @@
-"""Keras's losses of a replica's rows, weighted by the share of the batch that those rows are."""
+"""Keras's losses on a replica's rows, weighted by the replica's share of the batch."""
 
 import contextlib
 import contextvars
@@ -7,37 +7,29 @@ from typing import Any
 
 import tensorflow as tf
 
-# Keras means a replica's losses by its own rows and divides by the number of replicas, and has no way to say otherwise;
-# `share_of_batch` does.
+# Keras takes the mean over a replica's own rows and divides it by the number of replicas. No public name changes that.
 from keras.src.losses import loss as _loss
 
-__all__ = [
-    "install",
-    "share_of_batch",
-]
+from keras_mp._compat.replacing import replaced
 
-# Keras multiplies each mean over a replica's rows, in a loss and in `add_loss`, by one over the number of replicas. The
-# sum is the mean over the whole batch only where all replicas have as many rows, and not where `compute_loss` or a loss
-# is a function of one's own that answers with a mean. So here means stay what they are, and the total is weighted.
+__all__ = ["share_of_batch"]
+
+# Keras divides each mean over a replica's rows by the number of replicas, in a loss and in `add_loss`. The sum over
+# replicas is then the mean over the batch only if all replicas have as many rows. It is wrong if `compute_loss` or the
+# loss is a user's function that returns a mean. So here means stay as they are, and the total is weighted.
 _share: contextvars.ContextVar["tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]] | None"] = contextvars.ContextVar(
     "_share", default=None
 )
 
 
 _keras_apply_mask = _loss.apply_mask
-
-
 _keras_reduce_values = _loss.reduce_values
-
-
 _keras_scale_loss_for_distribution = _loss.scale_loss_for_distribution
-
-
 _keras_unscale_loss_for_distribution = _loss.unscale_loss_for_distribution
 
 
 def _as_of_the_batch(divisor: Any) -> Any:
-    """What a mean is to be multiplied by that was divided by a number of this replica's, not of the whole batch."""
+    """Returns the factor for a mean that was divided by a sum over this replica instead of the whole batch."""
     share, total_of = _share.get() or (None, None)
     if share is None or total_of is None:
         return tf.ones([], divisor.dtype)
@@ -67,7 +59,7 @@ def _scale_loss_for_distribution(value: Any) -> Any:
 
 
 def _unscale_loss_for_distribution(value: Any) -> Any:
-    """What the trackers of single losses take the mean of, over replicas as over batches."""
+    """Returns the value that trackers of single losses average over replicas, as over batches."""
     if (given := _share.get()) is None:
         return _keras_unscale_loss_for_distribution(value)
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -76,26 +68,27 @@ def _unscale_loss_for_distribution(value: Any) -> Any:
 
 @contextlib.contextmanager
 def share_of_batch(share: tf.Tensor | None, total_of: Callable[[tf.Tensor], tf.Tensor]) -> Iterator[None]:
-    """Inside, Keras's losses are those of a replica's rows, to be multiplied by the share of the batch that those are.
+    """Inside, Keras's losses cover only a replica's rows. The caller multiplies them by the replica's share.
 
-    The sum of that over replicas is then the mean over the whole batch, also where one has fewer rows than another, and
-    where the mean is one over the elements that a mask leaves, or over the sum of the weights. A loss with
-    `reduction="sum"` is divided by the share, so that it is the sum in the end.
+    Their sum over replicas is then the mean over the whole batch, even if replicas have different numbers of rows. The
+    same holds for means over unmasked elements or over the sum of the weights. A loss with `reduction="sum"` is divided
+    by the share, so the total is the sum.
 
     Args:
-        share: scalar, between 0 and 1; the shares of all replicas add up to 1. None leaves it to Keras.
-        total_of: from a float scalar of this replica to the sum over all replicas.
+        share: scalar between 0 and 1. The shares of all replicas add up to 1. None changes nothing.
+        total_of: maps a float scalar of this replica to the sum over all replicas.
     """
     token = _share.set(None if share is None else (share, total_of))
     try:
-        yield
+        with contextlib.nullcontext() if share is None else replaced(_loss, **_ours):
+            yield
     finally:
         _share.reset(token)
 
 
-def install() -> None:
-    """Puts the functions above in the place of Keras's."""
-    _loss.apply_mask = _apply_mask
-    _loss.reduce_values = _reduce_values
-    _loss.scale_loss_for_distribution = _scale_loss_for_distribution
-    _loss.unscale_loss_for_distribution = _unscale_loss_for_distribution
+_ours: dict[str, Callable[..., Any]] = {
+    "apply_mask": _apply_mask,
+    "reduce_values": _reduce_values,
+    "scale_loss_for_distribution": _scale_loss_for_distribution,
+    "unscale_loss_for_distribution": _unscale_loss_for_distribution,
+}

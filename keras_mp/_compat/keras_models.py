@@ -9,7 +9,7 @@ import keras
 # `keras.Model(inputs, outputs)` is an instance of this class, which has no public name to inherit from.
 from keras.src.models.functional import Functional as Functional
 
-# The rule by which arguments of a model are those of a functional one.
+# The rule that tells a functional model's arguments from others has no public name.
 from keras.src.models.model import functional_init_arguments as _functional_init_arguments
 
 from keras_mp._compat.keras_layers import layers_by_path
@@ -18,24 +18,30 @@ __all__ = [
     "Functional",
     "build",
     "call",
+    "children",
     "compile_arguments",
     "compute_loss",
     "first_of_generator",
+    "initial_epoch",
     "is_functional",
+    "layers",
+    "loss_and_metrics",
+    "loss_tracker",
     "make_function",
     "origin",
     "preprocessing_classes",
     "run_through_graph",
     "seed_states",
+    "set_initial_epoch",
     "sources",
     "without_remat",
 ]
 
 
 def build(model: keras.Model, batch: Any) -> None:
-    """Creates all the variables that training a model needs and that do not exist yet, for data like this batch.
+    """Creates the missing variables that training a model needs, for data like this batch.
 
-    Keras does so under a strategy only, and in `predict` never.
+    Keras does so only under a strategy, and never in `predict`.
 
     Args:
         model: a Keras model.
@@ -49,19 +55,19 @@ def build(model: keras.Model, batch: Any) -> None:
 
 
 def call(model: keras.Model, *args: Any, training: bool, **kwargs: Any) -> Any:
-    """The model's outputs, told whether it trains if it wants to know, which no public name says."""
+    """Returns the model's outputs. It passes `training` if the model takes it, which no public name tells."""
     return model(*args, training=training, **kwargs) if model._call_has_training_arg else model(*args, **kwargs)
 
 
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
-    """`model.compute_loss`, also where a subclass overrides it without the argument `training`."""
+    """Returns `model.compute_loss(...)`, also if a subclass overrides it without the argument `training`."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
 def first_of_generator(iterator: Any) -> Any:
-    """The first batch of a generator that `fit` was given, which Keras keeps without a public name; None of other data.
+    """Returns the first batch of a generator in `fit`, which Keras keeps without a public name, or None for other data.
 
-    A batch that is taken from the iterator of a generator, and those fetched ahead with it, cannot be put back.
+    A batch that is taken from a generator's iterator cannot be put back, nor can the batches prefetched with it.
 
     Args:
         iterator: Keras's iterator over epochs.
@@ -70,25 +76,35 @@ def first_of_generator(iterator: Any) -> Any:
     return batches[0] if batches else None
 
 
+def initial_epoch(model: keras.Model) -> int:
+    """Returns the epoch that `BackupAndRestore` makes `fit` begin with. Keras keeps it under a private name alone."""
+    return model._initial_epoch or 0
+
+
+def set_initial_epoch(model: keras.Model, epoch: int) -> None:
+    """Sets the epoch that `fit` begins with, as `BackupAndRestore` does."""
+    model._initial_epoch = epoch
+
+
 def is_functional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether these arguments of a model are the inputs and outputs of a functional one."""
+    """Returns whether these arguments of a model are the inputs and outputs of a functional one."""
     return bool(_functional_init_arguments(args, kwargs))
 
 
 def make_function(model: keras.Model, step: Callable[[Any], Any]) -> Any:
-    """What `fit` and `evaluate` call for each batch, or several, of a step on one replica.
+    """Returns the function that `fit` and `evaluate` call for one or more batches.
 
-    Keras makes it of `train_step` and `test_step` as they are, and no public name takes another step.
+    Keras makes it from `train_step` and `test_step`, and no public name takes another step.
 
     Args:
         model: a Keras model.
-        step: gets a replica's data, answers with its metrics.
+        step: gets a replica's data, returns its metrics.
     """
     return model._make_function(step)
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:
-    """The states of a model's random generators; Keras lists them among all its variables only.
+    """Returns the states of a model's random generators. Keras lists them only among all its variables.
 
     Args:
         model: a Keras model.
@@ -98,12 +114,12 @@ def seed_states(model: keras.Model) -> list[keras.Variable]:
 
 
 def origin(tensor: keras.KerasTensor) -> Any:
-    """The layer, or the operation without variables, that a symbolic tensor is the answer of."""
+    """Returns the layer or operation whose output a symbolic tensor is."""
     return tensor._keras_history.operation
 
 
 def sources(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
-    """The inputs that a symbolic tensor is computed from."""
+    """Returns the inputs from which a symbolic tensor is computed."""
     found: dict[int, keras.KerasTensor] = {}
     stack, seen = [tensor], set()
     while stack:
@@ -121,7 +137,7 @@ def sources(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """The arguments of the model's `compile`, as they were given; `get_compile_config` has lost what has no name."""
+    """Returns the given arguments of the model's `compile`. `get_compile_config` loses objects without a name."""
     return dict(model._compile_config.config)
 
 
@@ -133,8 +149,8 @@ def run_through_graph(
     Args:
         model: a Functional model.
         inputs: symbolic tensors in the structure of `model.input`.
-        operation_of: from an operation of the graph to the one that stands in for it.
-        call: gets that one and the arguments of its call.
+        operation_of: maps an operation of the graph to its replacement.
+        call: gets the replacement and the arguments of its call.
 
     Returns:
         The outputs, in the structure of `model.output`.
@@ -143,7 +159,7 @@ def run_through_graph(
 
 
 def preprocessing_classes() -> tuple[type, ...]:
-    """The classes of the layers that prepare data, of which two common bases have no public name."""
+    """Returns the classes of the layers that prepare data. Two of their base classes have no public name."""
     names = ("Rescaling", "StringLookup")
     bases = [getattr(keras.layers, name).__base__ for name in names]
     own = ("CategoryEncoding", "HashedCrossing", "Hashing", "MelSpectrogram", "Pipeline", "STFTSpectrogram")
@@ -151,11 +167,11 @@ def preprocessing_classes() -> tuple[type, ...]:
     return (*bases, *others, *(getattr(keras.layers, name) for name in own))
 
 
-# Keras has no public name for what `keras.RematScope` leaves on a layer. Recomputing is for a backward pass, and in a
-# graph Keras's fails for a layer that is called by keywords.
+# `keras.RematScope` sets an attribute without a public name. Rematerialization serves only a backward pass. In a graph,
+# Keras's fails for a layer that is called with keywords.
 @contextlib.contextmanager
 def without_remat(model: keras.Model) -> Iterator[None]:
-    """Calls the layers and operations of a model without recomputing anything.
+    """Inside, the layers and operations of a model are called without rematerialization.
 
     Args:
         model: a Keras model.
@@ -170,3 +186,23 @@ def without_remat(model: keras.Model) -> Iterator[None]:
     finally:
         for key, mode in modes.items():
             vars(operations[key])["_remat_mode"] = mode
+
+
+def layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns the model and all layers inside it, at any depth. The public `layers` lists the outermost only."""
+    return list(model._flatten_layers())
+
+
+def children(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns all layers inside a layer, at any depth, which no public name lists."""
+    return list(layer._flatten_layers(include_self=False))
+
+
+def loss_and_metrics(model: keras.Model) -> list[Any]:
+    """Returns the compiled loss and the compiled metrics, where there are any; no public name holds them."""
+    return [each for each in (model._compile_loss, model._compile_metrics) if each is not None]
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the metric that averages the loss over an epoch, which no public name holds."""
+    return model._loss_tracker

@@ -1,4 +1,4 @@
-"""Keras variables: read without a cast, and 16-bit ones that are read and written in float32."""
+"""Keras variables: read without a cast, and half-precision ones that are read and written in float32."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def uncast(variable: keras.Variable) -> tf.Tensor:
-    """The value of a variable in the dtype it is stored in, also inside the call of a layer of another compute dtype.
+    """Returns the value of a variable in its stored dtype, also in a layer's call with another compute dtype.
 
     Args:
         variable: a Keras variable.
@@ -36,18 +36,18 @@ def uncast(variable: keras.Variable) -> tf.Tensor:
 
 
 def tensorflow_variable(variable: Any) -> tf.Variable:
-    """What holds the value of a Keras variable; a TensorFlow variable is its own."""
+    """Returns the TensorFlow variable behind a Keras variable, or a TensorFlow variable itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 class Float32View:
-    """A variable of 16 bits as an optimizer's `update_step` takes it, that is float32 for whoever reads or writes it.
+    """A view of a half-precision variable that an optimizer's `update_step` reads and writes in float32.
 
     Keras finds a variable's slots by its `_unique_id`, and by no public name.
 
     Args:
-        variable: of 16 bits.
-        optimizer: which updates it.
+        variable: the half-precision variable.
+        optimizer: the optimizer that updates it.
     """
 
     dtype = tf.float32
@@ -59,11 +59,11 @@ class Float32View:
         return getattr(self._variable, name)
 
     def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
-        """The value, in float32 or another dtype that is asked for."""
+        """Returns the value in float32, or in the given dtype."""
         return tf.cast(self._variable, dtype or tf.float32, name)
 
     def assign(self, value: Any) -> None:
-        """Rounds a value once. What 16 bits cannot hold becomes the largest that they can; NaN changes nothing."""
+        """Rounds a value once. Overflow becomes the largest finite value, and NaN changes nothing."""
         value = tf.where(tf.math.is_nan(value), tf.convert_to_tensor(self), value)
         self._variable.assign(tf.saturate_cast(value, self._variable.dtype))
 
@@ -76,8 +76,8 @@ class Float32View:
         self.assign(tf.convert_to_tensor(self) - value)
 
     def scatter_add(self, rows: tf.IndexedSlices) -> None:
-        """Adds rows in float32, those that come several times as their sum."""
-        if in_xla_context():  # how many rows there are without repetitions is nothing that XLA can know
+        """Adds rows in float32. Repeated rows are summed first."""
+        if in_xla_context():  # XLA cannot know the number of different rows
             self.assign_add(tf.math.unsorted_segment_sum(rows.values, rows.indices, self._variable.shape[0]))
             return
         indices, places = tf.unique(rows.indices)
@@ -85,7 +85,7 @@ class Float32View:
         self.scatter_update(tf.IndexedSlices(tf.cast(tf.gather(self._variable, indices), tf.float32) + sums, indices))
 
     def scatter_sub(self, rows: tf.IndexedSlices) -> None:
-        """Subtracts rows in float32, those that come several times as their sum."""
+        """Subtracts rows in float32. Repeated rows are summed first."""
         self.scatter_add(tf.IndexedSlices(-rows.values, rows.indices, rows.dense_shape))
 
     def scatter_update(self, rows: tf.IndexedSlices) -> None:
@@ -104,19 +104,19 @@ for _name in tf.Tensor.OVERLOADABLE_OPERATORS:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Inside, variables are read and, what Keras 3.12 also rounds, assigned in the dtype they are stored in."""
+    """Inside, variables are read and assigned in their stored dtype."""
     with _AutocastScope(None):
         yield
 
 
 def set_path(variable: keras.Variable, path: str) -> None:
-    """Sets the path of a variable, which Keras makes of the name scopes that are open when it is created."""
+    """Sets the path of a variable. Keras makes it from the name scopes that are open at its creation."""
     variable._path = path
 
 
 @contextlib.contextmanager
 def reading_in(dtype: str, variable: keras.Variable) -> Iterator[None]:
-    """Inside, a float variable that is read as it is stored is read in a dtype.
+    """Inside, a float variable that is otherwise read in its stored dtype is read in another one.
 
     Args:
         dtype: name of a float dtype.
@@ -131,12 +131,12 @@ def reading_in(dtype: str, variable: keras.Variable) -> Iterator[None]:
 
 
 def autocasts(variable: keras.Variable) -> bool:
-    """Whether layers read the variable in their compute dtype."""
+    """Returns whether layers read the variable in their compute dtype."""
     return bool(variable._autocast)
 
 
 def dtype_as_read(variable: keras.Variable) -> str:
-    """The dtype in which the layer that is being called now reads a variable; that of the variable outside a call."""
+    """Returns the dtype in which the current layer's call reads a variable, or its stored dtype outside a call."""
     scope = _get_autocast_scope()
     casts = autocasts(variable) and scope is not None and scope.dtype is not None
     return scope.dtype if casts and variable.dtype.startswith(("float", "bfloat")) else variable.dtype

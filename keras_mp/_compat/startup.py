@@ -1,4 +1,4 @@
-"""Checks that a TensorFlow and a Keras are installed that keras_mp works with."""
+"""Checks that the installed TensorFlow and Keras are ones that keras_mp works with."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ def require_tensorflow() -> None:
     """Imports TensorFlow, then Keras on it.
 
     Raises:
-        MissingTensorFlowError: where either cannot be had, with what to type.
+        MissingTensorFlowError: if one of them is missing or unfit. The message says what to type.
     """
     try:
         import tensorflow as tf
@@ -30,7 +30,7 @@ def require_tensorflow() -> None:
             f"keras_mp needs TensorFlow 2.20 or 2.21, and {tf.__version__} is installed here. Upgrade it with the "
             'extra for your hardware, for example: pip install --upgrade "keras-mp[cpu]".'
         )
-    # Keras's own error for a backend that is not installed would name that one.
+    # If the backend is not installed, Keras's own error would name the backend's package instead.
     asked = os.environ.get("KERAS_BACKEND") or "tensorflow"
     if asked == "tensorflow" or "keras" in sys.modules:
         import keras

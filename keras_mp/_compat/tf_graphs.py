@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# Where in an op's outputs each of its named ones begins stands in its definition, which has no public name.
+# An op's definition, which has no public name, tells where each named output begins.
 from tensorflow.python.framework import op_def_registry as _op_def_registry
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def output_places(node: Any) -> dict[str, int]:
-    """The place among a node's outputs at which each of its named ones begins; some are several.
+    """Returns the index among a node's outputs at which each named output begins. Some have several tensors.
 
     Args:
         node: a `NodeDef` of a graph or function.
@@ -36,12 +36,12 @@ def output_places(node: Any) -> dict[str, int]:
 
 
 def scratch_graph() -> tf.Graph:
-    """A graph to trace code in that is thrown away, as Keras makes one to find out shapes."""
+    """Returns a graph for code that is only traced, as Keras makes one to infer shapes."""
     return tf.__internal__.FuncGraph("keras_mp_scratch")
 
 
 def placeholder(symbol: keras.KerasTensor) -> Any:
-    """What stands for a symbolic tensor in the graph that is being made."""
+    """Returns a placeholder for a symbolic tensor in the current graph."""
     make = tf.compat.v1.sparse_placeholder if symbol.sparse else tf.compat.v1.placeholder
     return make(symbol.dtype, symbol.shape)
 
@@ -57,10 +57,10 @@ _CALLING = {
 
 
 def called_functions(op: tf.Operation) -> list[tuple[str, Any]]:
-    """Names and graphs of the functions that an operation calls; TensorFlow has no public way from one to the other.
+    """Returns the names and graphs of the functions that an operation calls. No public name finds a function's graph.
 
     Args:
-        op: of a graph.
+        op: an operation of a graph.
     """
     if op.type in ("Case", "StatelessCase"):
         names = [function.name for function in op.get_attr("branches")]

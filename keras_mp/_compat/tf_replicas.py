@@ -1,4 +1,4 @@
-"""Strategies and replicas of `tf.distribute`, where its public names stop."""
+"""Strategies and replicas of `tf.distribute`, beyond its public names."""
 
 import contextlib
 import itertools
@@ -7,28 +7,29 @@ from collections.abc import Iterable, Iterator
 import keras
 import tensorflow as tf
 
-# `tf.distribute` has no public way to step out of a strategy, which `one_device` does.
+# `tf.distribute` has no public way to step out of a strategy. `one_device` does that.
 from tensorflow.python.distribute import distribute_lib as _distribute_lib
 
 __all__ = [
     "is_default_strategy",
+    "merges_replicas",
     "mirrored_strategy",
     "one_device",
     "strategy_of",
     "without_all_reduce",
 ]
 
-# TensorFlow numbers the collective operations of each strategy from the same start, so that those of two strategies in
-# one process, as a notebook has whose cells are run again, are taken for one another: they fail, or wait for ever. Its
-# own tests give each a start of its own by this attribute, which has no public name.
+# TensorFlow numbers the collective operations of each strategy from the same start. So two strategies in one process,
+# such as a notebook whose cells run again, mix up their operations: they fail, or wait for ever. TensorFlow's own tests
+# give each strategy another start by this attribute, which has no public name.
 _collective_key_bases = itertools.count(1_000_000, 1_000_000)
 
 
 def mirrored_strategy(devices: list[str]) -> tf.distribute.MirroredStrategy:
-    """A `tf.distribute.MirroredStrategy` beside which the process may have others.
+    """Returns a `tf.distribute.MirroredStrategy` that works beside others in one process.
 
     Args:
-        devices: their names.
+        devices: the names of its devices.
     """
     members = {"_collective_key_base": next(_collective_key_bases), "__module__": __name__}
     return type("MirroredStrategy", (tf.distribute.MirroredStrategy,), members)(devices)
@@ -38,15 +39,15 @@ def mirrored_strategy(devices: list[str]) -> tf.distribute.MirroredStrategy:
 def one_device(
     index: int, variables: Iterable[keras.Variable], optimizers: Iterable[keras.optimizers.Optimizer]
 ) -> Iterator[None]:
-    """Inside, the program is one without a strategy: each variable is its copy on one device.
+    """Inside, the program runs without a strategy: each variable is its copy on one device.
 
-    Keras's optimizers reduce gradients and update all devices' copies by themselves, in a way that allows neither a
-    condition around it nor XLA. What runs in here is free of both limits, and has to be run for every device.
+    Keras's optimizers reduce gradients and update the copies on all devices. They allow neither a condition around that
+    nor XLA. A program in this block has neither limit, and must run once for each device.
 
     Args:
-        index: which of the process's devices.
-        variables: what the program reads and writes. Variables without copies stay as they are.
-        optimizers: those that update them.
+        index: the index of the device in this process.
+        variables: the variables that the program reads and writes. Variables without copies stay as they are.
+        optimizers: the optimizers that update them.
     """
     whole = {id(variable): (variable, variable._value) for variable in variables}
     strategies = [(optimizer, optimizer._distribution_strategy) for optimizer in optimizers]
@@ -67,10 +68,10 @@ def one_device(
 
 @contextlib.contextmanager
 def without_all_reduce(optimizers: Iterable[keras.optimizers.Optimizer]) -> Iterator[None]:
-    """Inside, these optimizers take their gradients for sums over replicas already.
+    """Inside, these optimizers take their gradients as sums over replicas.
 
     Args:
-        optimizers: those whose `apply` is called inside.
+        optimizers: the optimizers whose `apply` is called inside.
     """
     optimizers = list(optimizers)
     for optimizer in optimizers:
@@ -92,9 +93,9 @@ def _without_strategy() -> Iterator[None]:
 
 
 def strategy_of(made: "keras.Model | keras.optimizers.Optimizer") -> tf.distribute.Strategy | None:
-    """The strategy in whose scope a model or an optimizer was made; None for none.
+    """Returns the strategy in whose scope a model or an optimizer was made, or None.
 
-    Of an optimizer Keras does not tell, and of a model only what is in force now if that was made in no scope.
+    No public name tells it for an optimizer. For a model made in no scope, the public name tells the current strategy.
     """
     if isinstance(made, keras.Model):
         return made._distribute_strategy
@@ -103,5 +104,13 @@ def strategy_of(made: "keras.Model | keras.optimizers.Optimizer") -> tf.distribu
 
 
 def is_default_strategy(strategy: tf.distribute.Strategy) -> bool:
-    """Whether a strategy is the one that is in force where there is none, which has no public name."""
+    """Returns whether a strategy is TensorFlow's default one, whose class has no public name."""
     return isinstance(strategy, _distribute_lib._DefaultDistributionStrategy)
+
+
+def merges_replicas() -> bool:
+    """Whether replicas of the current strategy meet in `merge_call`, which has no public name to ask.
+
+    Otherwise each replica runs alone, as several GPUs under XLA do.
+    """
+    return tf.distribute.has_strategy() and not tf.__internal__.distribute.strategy_supports_no_merge_call()

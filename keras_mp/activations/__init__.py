@@ -1,7 +1,7 @@
-"""Activations that compute in float32 what 16 bits would round at every step, and answer in the dtype they get.
+"""Activations that compute in float32 and return the dtype they get.
 
-Each keeps only its 16-bit input, or output, for the backward pass and is compiled by XLA to one pass over memory where
-that pays.
+Half precision would round every operation inside. Each activation keeps only its 16-bit input, or output, for the
+backward pass. XLA compiles it to one pass over memory where that pays.
 """
 
 from keras_mp.activations.elementwise import gelu, hard_silu, mish, silu

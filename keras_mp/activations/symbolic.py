@@ -1,8 +1,9 @@
-"""What an activation makes of a `keras.Input`."""
+"""Activations as operations of a functional model."""
 
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 __all__ = ["Symbolic"]
 
@@ -12,9 +13,9 @@ class Symbolic(keras.Operation):
     """An activation as a node of a functional model.
 
     Args:
-        function: the name of a function of `keras_mp.activations`, that answers in the shape and dtype it is given.
-        settings: its arguments beside the tensor, by name.
-        name: of the node.
+        function: name of a function of `keras_mp.activations` that keeps shape and dtype.
+        settings: its other arguments, by name.
+        name: name of the node.
 
     Example:
         >>> x = keras.Input((4,))
@@ -26,14 +27,14 @@ class Symbolic(keras.Operation):
         super().__init__(name=name)
         self.function, self.settings = function, settings
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """Calls the activation."""
         return keras.saving.get_registered_object(f"keras_mp>{self.function}")(x, **self.settings)
 
-    def compute_output_spec(self, x: Any) -> Any:
-        """Shape and dtype are those of `x`."""
+    def compute_output_spec(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns a symbolic tensor of the shape and dtype of `x`."""
         return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments."""
+        """Returns the arguments."""
         return {"function": self.function, "settings": self.settings, "name": self.name}

@@ -1,7 +1,7 @@
 """Copies of the objects that layers hold, each made once, so that what was one object is one in the copy.
 
-A copy shares no state with its original: variables, seed generators, metrics, optimizers and tables are made again
-with their values, and so is each list, dict, function or object that leads to one. All else stays the same object.
+A copy shares no state with its original. Variables, seed generators, metrics, optimizers and tables are made again with
+their values. So is each list, dict, function or object that leads to one. All else stays the same object.
 """
 
 import functools
@@ -37,7 +37,7 @@ _FOREIGN = ("tensorflow", "numpy", "builtins", "threading", "logging")
 def holds_state(value: Any, kinds: "type | tuple[type, ...]" = _STATE) -> bool:
     """Whether an object is of some classes or leads to one that is: by items, attributes, closures or arguments.
 
-    What holds state of a model leads nowhere: a layer does not lead to what its parent holds.
+    The search ends at an object with state: a layer does not lead to the parts of its parent.
 
     Args:
         value: any object.
@@ -89,7 +89,7 @@ class Copier:
         """The copy of an object, or the object itself where it holds no state.
 
         Args:
-            value: any object. Lists, dicts, sets and arrays are copied whatever they hold.
+            value: any object. Lists, dicts, sets and arrays are always copied.
         """
         if id(value) in self._made:
             return self._made[id(value)][1]
@@ -101,7 +101,7 @@ class Copier:
         return copy
 
     def remember(self, original: Any, copy: Any) -> None:
-        """Has `value` return this copy of that original."""
+        """Makes `value` return this copy of that original."""
         self._made[id(original)] = (original, copy)
         if isinstance(original, keras.Variable):
             self.variables[id(original)] = copy
@@ -203,7 +203,7 @@ class Copier:
         return copy
 
     def track_alike(self, original: Any, copy: Any, keep: Callable[[Any], bool] = lambda each: False) -> None:
-        """Has the copy track the copies of what the original tracks, in that order.
+        """Makes the copy track the copies of the original's tracked objects, in that order.
 
         Args:
             original: a layer, a metric or an optimizer.
@@ -243,7 +243,7 @@ class Copier:
     def _function(self, value: types.FunctionType) -> Any:
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
         function = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-        self.remember(value, function)  # before its cells, of which one may hold it
+        self.remember(value, function)  # before its cells: one of them may hold it
         for cell, there in zip(cells, value.__closure__ or (), strict=True):
             with_value = _content(there)
             if with_value:

@@ -1,8 +1,8 @@
-"""What the file of a converted model says of its layers, and a model made equal to it.
+"""The record of a converted model's layers in its file, and a model restored from it.
 
-Keras makes a model from a file by its configuration. What a model or layer of the user's or of KerasHub makes in its
-own code stands in no configuration, and comes out as it was before `convert`: with Keras's layers, and the policy of
-its owner. So the file says of each layer what it is, at the address where the file keeps the layer's weights.
+Keras makes a model from a file by its configuration. Layers that the code of a user or of KerasHub makes stand in no
+configuration. They come out as before `convert`: with Keras's classes and the policy of their owner. So the file
+records what each layer is, at the address where the file keeps the layer's weights.
 """
 
 import json
@@ -12,21 +12,21 @@ from typing import Any
 import keras
 
 from keras_mp._compat import keras_files, keras_layers, keras_models
+from keras_mp.conversion.casts import casts_losses, output_cast
 from keras_mp.conversion.clone import Choice
 from keras_mp.conversion.convert import convert, duplicate
-from keras_mp.conversion.inserted import casts_losses, output_cast
 from keras_mp.errors import ConversionError, KerasMPWarning
 from keras_mp.layers.core.reversible_embedding import twin_for_keras_hub
 from keras_mp.policies.policy import stacklevel
 
 __all__ = ["record_of", "restored"]
 
-# Of what holds other layers, the part of the configuration that decides what it computes itself.
+# The part of a configuration that decides what a layer that holds others computes itself.
 _OWN_FUNCTIONS = ("activation", "recurrent_activation", "activity_regularizer")
 
 
 def record_of(model: keras.Model) -> "dict[str, Any] | None":
-    """What a file has to say of a model's layers, of what JSON can hold; None for a model that has nothing of ours.
+    """Returns the record of a model's layers, ready for JSON, or None for a model without layers or policies of ours.
 
     Args:
         model: a Keras model.
@@ -41,26 +41,26 @@ keras_files.write_into_model_files("keras_mp", record_of)
 
 
 def restored(model: keras.Model, record: dict[str, Any]) -> keras.Model:
-    """A model from a file with its layers as the file says that they were.
+    """Returns a model from a file with its layers as the file records them.
 
     Args:
-        model: as Keras makes it from the file, with its weights.
-        record: what `record_of` returned of the model that was saved.
+        model: the model as Keras makes it from the file, with its weights.
+        record: the result of `record_of` for the model that was saved.
 
     Returns:
-        The model itself where it is like that; else a copy.
+        The model itself if it agrees with the record, else a copy.
 
     Raises:
-        ConversionError: the file asks for a layer of a class that is not the like of what is there.
+        ConversionError: the file asks for a layer of an unrelated class.
 
     Warns:
         KerasMPWarning: naming layers that could not be made as they were.
     """
     wanted, policy = record["layers"], record["converted_to"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KerasMPWarning)  # which were said when the model was converted
+        warnings.simplefilter("ignore", KerasMPWarning)  # issued before, when the model was converted
         if policy and _shape(_entries(keras_files.layers_by_address(model))) != _shape(wanted):
-            # `convert` had put more into the graph of the model than other layers in the place of its own.
+            # `convert` had not only exchanged layers but also put some into the graph.
             model = convert(model, keras.dtype_policies.deserialize(policy))
         if _differing(model, wanted):
             model = _with_layers(model, wanted)
@@ -82,7 +82,7 @@ def restored(model: keras.Model, record: dict[str, Any]) -> keras.Model:
 
 
 def _policy_of(layer: keras.Layer) -> Any:
-    """The policy, as JSON can hold it, that a model was converted to; None if it was not."""
+    """Returns the serialized policy that a model was converted to, or None if it was not."""
     return getattr(layer, "_converted_to", None)
 
 
@@ -91,7 +91,7 @@ def _entries(layers: dict[str, keras.Layer]) -> dict[str, dict[str, Any]]:
 
 
 def _entry(layer: keras.Layer) -> dict[str, Any]:
-    """What the file says of one layer."""
+    """Returns the record of one layer."""
     policy = layer.dtype_policy
     entry = {
         "class": keras.saving.get_registered_name(type(layer)),
@@ -108,16 +108,16 @@ def _entry(layer: keras.Layer) -> dict[str, Any]:
 
 
 def _own_config(layer: keras.Layer) -> dict[str, Any]:
-    """The part of a layer's configuration that `convert` may have changed."""
-    # A vocabulary may be long; of code there is nothing to compare; the layers in a model stand for themselves.
+    """Returns the part of a layer's configuration that `convert` may have changed."""
+    # A vocabulary may be long, code cannot be compared, and the layers in a model have their own records.
     if isinstance(layer, (*keras_models.preprocessing_classes(), keras.layers.Lambda, keras.Model)):
         return {}
     try:
         config = keras.saving.serialize_keras_object(layer)["config"]
         json.dumps(config)
-    except Exception:  # whatever a `get_config` of the user's raises; Keras makes the owner without it
+    except Exception:  # any error of a user's `get_config`; Keras makes the owner without it
         return {}
-    # What a layer starts from is over, and is written down otherwise from version to version of Keras.
+    # Initializers are not needed any more, and versions of Keras write them differently.
     given = {name for name in config if not name.endswith("_initializer")} - {"name", "dtype", "trainable"}
     names = given.intersection(_OWN_FUNCTIONS) if keras_layers.inner_layers(layer) else given
     return {name: config[name] for name in sorted(names)}
@@ -128,7 +128,7 @@ def _shape(entries: dict[str, dict[str, Any]]) -> Any:
 
 
 def _differing(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> list[str]:
-    """The addresses at which a model is not what the record says, but for what is trainable."""
+    """Returns the addresses at which a model differs from the record, `trainable` aside."""
     there = _entries(keras_files.layers_by_address(model))
     both = [each for each in wanted if each in there]
     unequal = [each for each in both if _computes(there[each]) != _computes(wanted[each])]
@@ -137,20 +137,34 @@ def _differing(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> list[st
 
 
 def _computes(entry: dict[str, Any]) -> Any:
-    return [entry.get(key) for key in ("class", "policy", "operations", "output_dtype", "float32_losses")]
+    return _without_modules(
+        [entry.get(key) for key in ("class", "policy", "operations", "output_dtype", "float32_losses")]
+    )
 
 
 def _changes(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The arguments to make a layer with. One that was made without a configuration has none to compare."""
-    return {name: value for name, value in wanted.items() if name in there and there[name] != value}
+    """Returns the arguments to change. A layer that was made without a configuration has none."""
+    return {
+        name: value
+        for name, value in wanted.items()
+        if name in there and _without_modules(there[name]) != _without_modules(value)
+    }
+
+
+def _without_modules(config: Any) -> Any:
+    """Returns a configuration without the modules of registered classes, which may have moved since it was written."""
+    if isinstance(config, dict):
+        registered = config.get("registered_name") is not None
+        return {key: _without_modules(each) for key, each in config.items() if not (registered and key == "module")}
+    return [_without_modules(each) for each in config] if isinstance(config, list) else config
 
 
 def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras.Model:
-    """A copy of a model with the recorded layers in the place of its own."""
+    """Returns a copy of a model with the recorded layers in place of its layers."""
     addresses = {id(layer): address for address, layer in keras_files.layers_by_address(model).items()}
 
     def choose(layer: keras.Layer, path: str) -> Choice:
-        entry = wanted.get(addresses.get(id(layer), ""))
+        entry = wanted.get(addresses[id(layer)]) if id(layer) in addresses else None
         if entry is None:
             return Choice(type(layer), layer.dtype_policy)
         arguments = _changes(_entry(layer)["config"], entry["config"])
@@ -161,10 +175,10 @@ def _with_layers(model: keras.Model, wanted: dict[str, dict[str, Any]]) -> keras
 
 
 def _class(name: str, there: type[keras.Layer]) -> type[keras.Layer]:
-    """The class of a registered name, which is to take the place of another: one is the other's base."""
+    """Returns the class of a registered name that replaces another class. One must be a base of the other."""
     if name == keras.saving.get_registered_name(there):
         return there
-    twin_for_keras_hub()  # is registered by that
+    twin_for_keras_hub()  # registers its class
     cls = keras.saving.get_registered_object(name) or getattr(keras.layers, name, None)
     if not isinstance(cls, type) or not (issubclass(cls, there) or issubclass(there, cls)):
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""`load_model`: a model from a `.keras` file with everything that was saved, under the policy asked for."""
+"""`load_model`: a model from a `.keras` file with all that was saved, converted to a policy if one is given."""
 
 import collections
 import contextlib
@@ -33,31 +33,30 @@ def load_model(
     compile: bool = True,
     safe_mode: bool = True,
 ) -> keras.Model:
-    """Loads a model from a `.keras` file, whatever the global policy is, and converts it to another policy if asked to.
+    """Loads a model from a `.keras` file under any global policy, and converts it if a policy is given.
 
-    Keras loses the optimizer's slots and count of steps where the global policy is not the one under which the file was
-    saved. Here the model comes back as it was saved, to the state of its optimizer. With a policy it is then converted
-    by `keras_mp.convert`: its optimizer is wrapped in a `LossScaleOptimizer`, or taken out of it, as that policy needs,
-    and goes on from the same state.
+    Keras loses the optimizer's slots and iterations if the file was saved under another global policy. Here the model
+    comes back as it was saved, with the state of its optimizer. With a policy, `keras_mp.convert` converts it. That
+    wraps its optimizer in a `LossScaleOptimizer`, or unwraps it, as the policy needs, and keeps its state.
 
-    The file of a converted model says of each layer what it is, so that those which a model of KerasHub or of the
-    user's makes in its own code come back as they were, too. `keras.saving.load_model` does the same where keras_mp is
-    imported. A file is checked as a whole before anything is made from it.
+    The file of a converted model records each layer. So layers that the code of a user or of KerasHub makes come back
+    converted, too. `keras.saving.load_model` does the same where keras_mp is imported. The whole file is checked before
+    anything is made from it.
 
     Args:
         path: a `.keras` file, or the folder that `keras.saving.save_model(model, path, zipped=False)` writes.
-        policy: as for `keras_mp.convert`, or None for the policies that the layers were saved with.
+        policy: as for `keras_mp.convert`. None keeps the policies that the layers were saved with.
         custom_objects: dictionary from names to classes and functions that are not registered with Keras.
-        compile: whether to compile the model as it was compiled when it was saved.
-        safe_mode: whether to refuse files that hold Python code, as `Lambda` layers do, and losses, metrics and
-            schedules that are lambdas.
+        compile: whether to compile the model as it was when saved.
+        safe_mode: whether to refuse files that hold Python code: `Lambda` layers, and lambdas as losses, metrics or
+            schedules.
 
     Returns:
         The model.
 
     Raises:
-        ConversionError: there is no file, or it is not a `.keras` file or damaged, or the model cannot be made from it
-            or not be converted.
+        ConversionError: there is no file, it is damaged or no `.keras` file, or the model cannot be made or
+            converted.
         PolicyError: for a policy that does not exist.
 
     Example:
@@ -84,26 +83,19 @@ def load_model(
             model = _read(source, custom_objects, compile, safe_mode)
     except KerasMPError:
         raise
-    except Exception as error:  # anything, from Keras, from what the file names and from what was made of it
+    except Exception as error:  # any error of Keras, or of code that the file names
         raise ConversionError(f"{str(path)!r} cannot be loaded. {_what_to_do(error)}") from error
     return model if policy is None else convert(model, policy)
 
 
-def _read_for_keras(source: Any, custom_objects: Any = None, compile: bool = True, safe_mode: bool = True) -> Any:
-    """What `keras.saving.load_model` does: all as without us, but for files of models that have something of ours."""
-    read = _read if isinstance(_config_in(source).get("keras_mp"), dict) else keras_files.load_with_keras
-    return read(source, custom_objects, compile, safe_mode)
-
-
-keras_files.read_model_files_by(_read_for_keras)
-
-
-def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, safe_mode: bool) -> keras.Model:
+def _read(
+    source: Any, custom_objects: "dict[str, Any] | None" = None, compile: bool = True, safe_mode: bool = True
+) -> keras.Model:
     """The model from an open file or from a folder."""
     config = _config_in(source)
     record = config.get("keras_mp")
     before = keras.config.dtype_policy()
-    # What layers make in their own code gets the global policy, so it must be that of the file.
+    # Layers that are made in a layer's own code get the global policy, so it must be the file's policy.
     keras.config.set_dtype_policy(_common_policy(config) or before)
     try:
         with keras_files.trusting(safe_mode), keras.saving.custom_object_scope(custom_objects or {}):
@@ -118,8 +110,11 @@ def _read(source: Any, custom_objects: "dict[str, Any] | None", compile: bool, s
     return model
 
 
+keras_files.read_model_files_by("keras_mp", _read)
+
+
 def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, safe_mode: bool) -> keras.Model:
-    """The model with its weights, not compiled: Keras would wrap its optimizer, or not, by the global policy."""
+    """Returns the model with its weights. It is not compiled: Keras would wrap its optimizer by the global policy."""
     if (record := config.get("keras_mp")) is None:
         return keras_files.load_with_keras(source, custom_objects, False, safe_mode)
     failed: Any
@@ -131,7 +126,7 @@ def _made_by_keras(source: Any, config: dict[str, Any], custom_objects: Any, saf
     except Exception:
         failed = True
     if failed:
-        # In 16 bits its code may not run with Keras's layers, before those that it had are put in. In float32 it did.
+        # In half precision its code may need the layers that are put in later. In float32 it ran with Keras's.
         keras.config.set_dtype_policy("float32")
         model = keras_files.load_with_keras(source, custom_objects, False, safe_mode, config=_in_float32(config))
         if failed := _without_weights(model, source, record):
@@ -207,14 +202,14 @@ def _weights_in(source: Any) -> Iterator[str]:
 
 
 def _common_policy(config: dict[str, Any]) -> keras.DTypePolicy | None:
-    """The policy that most layers in a file have, a mixed one before others, without quantization."""
+    """Returns the policy of most layers in a file, without quantization. Mixed policies come first."""
     if (record := config.get("keras_mp")) is None:
         policies = list(_policies(config))
     else:
         policies = [entry["policy"] for entry in record["layers"].values()]
     counts = collections.Counter(name for policy in policies if (name := _float_policy(policy)))
     if record is not None:
-        # Layers get their own policy afterwards, from weights that must not have been rounded.
+        # Layers get their own policies afterwards. Until then their weights must not be rounded.
         widest = max((keras.DTypePolicy(name).variable_dtype for name in counts), key=_bits, default=None)
         counts = collections.Counter({n: c for n, c in counts.items() if keras.DTypePolicy(n).variable_dtype == widest})
     mixed = [name for name in counts if name.startswith("mixed_")]
@@ -239,7 +234,7 @@ def _policies(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _float_policy(policy: Any) -> str | None:
-    """The name of the policy that a quantized one was made of, or that is the default of a map."""
+    """Returns the name of the policy behind a quantized one, or of a map's default."""
     if isinstance(policy, str):
         return policy.rpartition("_from_")[2]
     config = policy.get("config") or {}
@@ -248,8 +243,8 @@ def _float_policy(policy: Any) -> str | None:
 
 
 def _what_to_do(error: Exception) -> str:
-    """What an error says that Keras, or code that a file names, raised in loading it, and how to go on."""
-    # Behind the last of these stands what happened, before it a whole configuration.
+    """Returns the message of an error in loading, shortened, and the way to go on."""
+    # The text before the last of these is a whole configuration, the text behind it the reason.
     text = re.sub(r"\x1b\[\d*m", "", str(error)).rpartition("Exception encountered: ")[2].strip()
     missing = re.search("Could not locate (?:class|function) '[^']*'", text)
     if missing:
@@ -265,7 +260,7 @@ _DAMAGED = "it is damaged, incomplete or of another kind: save it again by model
 
 
 def _check(path: pathlib.Path) -> None:
-    """Refuses what is not the whole file of a model, byte for byte, before anything is made from it."""
+    """Refuses an incomplete or changed file, before anything is made from it."""
     if not path.exists():
         raise ConversionError(f"There is no file {str(path)!r}. Expected a .keras file, as model.save writes it.")
     if path.is_dir():

@@ -1,7 +1,7 @@
 """The cluster that a multi-worker job runs on: read from `TF_CONFIG`, checked, and waited for.
 
-TensorFlow waits without end for a worker that never comes, in native code that not even Ctrl-C interrupts. So what it
-would wait for is looked for here first.
+TensorFlow waits without end for a missing worker, in native code that not even Ctrl-C interrupts. So the addresses of
+the workers are tried here first.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _TRY_EVERY_SECONDS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The workers of a job, and which of them this process is.
+    """The workers of a job, and the place of this process among them.
 
     Args:
         jobs: addresses (`host:port`) by job, of `"chief"` and `"worker"`.
@@ -38,12 +38,12 @@ class Cluster:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Those of all workers, the chief's first."""
+        """The addresses of all workers, the chief's first."""
         return tuple(address for job in _JOBS for address in self.jobs.get(job, ()))
 
     @property
     def own_address(self) -> str:
-        """That of this process."""
+        """The address of this process."""
         return self.jobs[self.task_type][self.task_index]
 
 
@@ -71,7 +71,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Cluster | N
         The cluster, or None where the variable is not set or names no workers.
 
     Raises:
-        DistributionError: where it does not say what it must, with what it says and an example.
+        DistributionError: its content is wrong. The message shows it and an example.
 
     Example:
         >>> config = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
@@ -108,16 +108,16 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Cluster | N
 
 
 def wait_for(cluster: Cluster, seconds: float) -> None:
-    """Waits until every worker's address answers.
+    """Waits until every worker's address accepts a connection.
 
-    Meanwhile this process answers at its own, for all of them wait for one another.
+    Meanwhile this process accepts connections at its address, because all workers wait for one another.
 
     Args:
         cluster: the workers.
         seconds: how long to wait.
 
     Raises:
-        DistributionError: with those that have not answered by then, or where this process's own address is taken.
+        DistributionError: with the addresses that did not respond, or if this process's address is taken.
     """
     missing = {address for address in cluster.addresses if address != cluster.own_address}
     end = time.monotonic() + seconds

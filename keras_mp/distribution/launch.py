@@ -22,17 +22,17 @@ _LOOK_EVERY_SECONDS = 0.05
 def launch(command: Sequence[str], workers: int, *, output: IO[bytes] | None = None, grace_seconds: float = 5.0) -> int:
     """Runs a command in several processes that are the workers of one job, and waits for them.
 
-    Each gets `TF_CONFIG`, with addresses on 127.0.0.1 and its own index. What they print is passed on line by line
-    after the worker's number. When one of them fails the others are ended as well: they could only wait for it.
+    Each gets `TF_CONFIG` with addresses on 127.0.0.1 and its index. Their output is passed on line by line, after the
+    worker's number. When one of them fails the others are ended as well: they could only wait for it.
 
     Args:
         command: the program and its arguments.
         workers: how many processes to start.
-        output: where to write what they print, both of their streams; standard output by default.
-        grace_seconds: how long a worker may take to end when it is asked to, before it is killed.
+        output: a binary file for their output, both streams. By default standard output.
+        grace_seconds: the time that a worker has to end by itself before it is killed.
 
     Returns:
-        0 where all of them ended well, else the exit code of the first that failed, 128 + N where signal N ended it.
+        0 if all of them succeeded, else the exit code of the first that failed: 128 + N if signal N ended it.
 
     Raises:
         ArgumentError: for less than one worker, or no command.
@@ -62,7 +62,7 @@ def launch(command: Sequence[str], workers: int, *, output: IO[bytes] | None = N
                     env={**os.environ, "TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that what a worker starts can be ended with it
+                    start_new_session=True,  # so that a worker's child processes can be ended with it
                 )
                 processes.append(process)
                 readers.append(threading.Thread(target=sink.pass_on, args=(index, process.stdout), daemon=True))
@@ -75,7 +75,7 @@ def launch(command: Sequence[str], workers: int, *, output: IO[bytes] | None = N
 
 
 class _Sink:
-    """Where all workers' lines go, whole."""
+    """Receives the lines of all workers, and writes each as a whole."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self._output = output
@@ -110,7 +110,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", sink: _Sink) -> int:
 
 
 def _end(processes: "list[subprocess.Popen[bytes]]", grace_seconds: float) -> None:
-    """Ends what still runs, each with all that it started; by SIGKILL what waits in native code for a peer."""
+    """Ends all running workers with their child processes. SIGKILL ends those that wait in native code."""
     for process in processes:
         _signal_group(process, signal.SIGTERM)
     end = time.monotonic() + grace_seconds

@@ -1,19 +1,23 @@
-"""The workers of a multi-worker job: which is the chief, which callbacks run where, what to say when one is lost."""
+"""The workers of a multi-worker job: the chief, the callbacks of each, and the error for a lost worker."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp._compat import keras_layers
-from keras_mp.distribution import strategies
+from keras_mp._compat import keras_layers, keras_models
+from keras_mp.distribution import replicas
 from keras_mp.errors import DistributionError
 from keras_mp.policies import policy
 
 __all__ = ["callbacks_here", "explain_loss", "is_chief", "is_one_of_several", "require_alike"]
+
+# A form in which `fit` takes callbacks.
+_Callbacks: TypeAlias = "keras.callbacks.Callback | keras.callbacks.CallbackList | Sequence[keras.callbacks.Callback]"
 
 # They write files that all workers would write at once.
 _WRITERS = (
@@ -45,7 +49,7 @@ def is_one_of_several(strategy: tf.distribute.Strategy) -> bool:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes files for all: the chief, or the first worker; True for one alone."""
+    """Whether this process writes the files for all: it is the chief, the first worker or the only one."""
     if not is_one_of_several(strategy):
         return True
     resolver = strategy.cluster_resolver
@@ -53,11 +57,13 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type == "chief" or ("chief" not in jobs and resolver.task_id == 0)
 
 
-def callbacks_here(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
-    """The callbacks that this worker runs: all, but those that write files only on the chief.
+def callbacks_here(
+    callbacks: "_Callbacks | None", strategy: tf.distribute.Strategy
+) -> keras.callbacks.CallbackList | list[keras.callbacks.Callback]:
+    """Returns the callbacks that this worker runs. Only the chief runs callbacks that write files.
 
-    Where one of them restores a backup, all workers begin with the chief's weights, optimizer and epoch, also where
-    they cannot read its files.
+    Where one of them restores a backup, all workers begin with the chief's weights, optimizer and epoch. They need not
+    be able to read its files.
 
     Args:
         callbacks: as for `fit`.
@@ -65,7 +71,7 @@ def callbacks_here(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
-    given = list(keras.tree.flatten(callbacks)) if callbacks is not None else []
+    given: list[keras.callbacks.Callback] = list(keras.tree.flatten(callbacks)) if callbacks is not None else []
     here = [each for each in given if is_chief(strategy) or not isinstance(each, _WRITERS)]
     if any(isinstance(each, keras.callbacks.BackupAndRestore) for each in given):
         here.append(_StartLikeTheChief(strategy))
@@ -73,7 +79,7 @@ def callbacks_here(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
 
 
 def explain_loss(error: tf.errors.OpError, strategy: tf.distribute.Strategy) -> str | None:
-    """What to tell the user where an error says that another worker is gone; None for other errors."""
+    """Returns a message for the user if an error says that another worker is gone, else None."""
     if not is_one_of_several(strategy) or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
         return None
     resolver = strategy.cluster_resolver
@@ -88,17 +94,17 @@ def explain_loss(error: tf.errors.OpError, strategy: tf.distribute.Strategy) -> 
 
 
 def require_alike(model: keras.Model, strategy: tf.distribute.Strategy, scaling: str) -> None:
-    """Refuses to train a model that computes, or scales its loss, otherwise on other workers: gradients do not add up.
+    """Refuses a model whose policies or loss scaling differ between workers: their gradients cannot be added up.
 
     All workers have to call it. One alone passes.
 
     Args:
-        model: with all its layers. Their names may differ, for Keras numbers them in each process.
-        strategy: the one that it is trained under.
+        model: the built model. Names of layers may differ, because each process numbers them.
+        strategy: the strategy that trains it.
         scaling: how its loss is scaled, in words.
 
     Raises:
-        DistributionError: on every worker, with what each of them has.
+        DistributionError: on every worker, with the policies or the scaling of each.
     """
     if not is_one_of_several(strategy):
         return
@@ -112,7 +118,7 @@ def require_alike(model: keras.Model, strategy: tf.distribute.Strategy, scaling:
         what, has = f"The model {model.name!r} is not the same on all workers", counts
     elif _differ(policies):
         places = [place for place in range(len(layers)) if _differ({w: each[place] for w, each in policies.items()})]
-        # A model and its inputs only hand on, and have the policy of what the user looks for.
+        # A model and its inputs compute nothing. The layer that the user looks for has weights.
         computing = [
             place for place in places if layers[place].weights and not keras_layers.inner_layers(layers[place])
         ]
@@ -137,7 +143,7 @@ def _differ(by_worker: dict[str, Any]) -> bool:
 
 
 def _texts(strategy: tf.distribute.Strategy, text: str) -> dict[str, str]:
-    """What each worker gives, by its name; all workers have to call it."""
+    """Returns the text of each worker, by the worker's name. All workers have to call it."""
     resolver = strategy.cluster_resolver
     spec = resolver.cluster_spec().as_dict()
     names = [f"{job} {index}" for job in ("chief", "worker") for index in range(len(spec.get(job, ())))]
@@ -156,7 +162,7 @@ _POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def _chiefs_choice(name: str) -> str:
-    """The policy that the chief's hardware recommends, where several workers ask; all of them have to."""
+    """Returns the policy that the chief's hardware recommends. All workers have to call it."""
     strategy = hardware.strategy_in_use()
     if not is_one_of_several(strategy):
         return name
@@ -169,16 +175,16 @@ policy.agree_on_auto(_chiefs_choice)
 
 
 def _summed(strategy: tf.distribute.Strategy, values: list[tf.Tensor], gives: bool) -> list[tf.Tensor]:
-    """Sums of what those workers give of which each says whether it does."""
+    """Returns the sums of the values from those workers whose `gives` is true."""
 
     @tf.function(autograph=False)
-    def share(values: list[tf.Tensor]) -> Any:
-        def on_replica() -> Any:
-            # Of a worker's replicas the first one gives.
+    def share(values: list[tf.Tensor]) -> list[tf.Tensor]:
+        def on_replica() -> list[tf.Tensor]:
+            # The first replica of a worker gives its values.
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             first = tf.equal(replica % len(strategy.extended.worker_devices), 0)
             shared = [tf.where(tf.logical_and(gives, first), v, tf.zeros_like(v)) for v in values]
-            return strategies.sum_over_replicas(shared)
+            return replicas.sum_over_replicas(shared)
 
         return strategy.run(on_replica)
 
@@ -186,19 +192,19 @@ def _summed(strategy: tf.distribute.Strategy, values: list[tf.Tensor], gives: bo
 
 
 class _StartLikeTheChief(keras.callbacks.Callback):
-    """Gives all workers what the chief has, when the callbacks before it have restored it."""
+    """Gives all workers the chief's state, after the callbacks before it have restored that."""
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         super().__init__()
         self._strategy = strategy
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
         variables = {id(v): v for v in [*model.variables, *model.optimizer.variables]}
-        epoch = tf.constant(model._initial_epoch or 0, tf.int64)
+        epoch = tf.constant(keras_models.initial_epoch(model), tf.int64)
         values = [tf.convert_to_tensor(variable.value) for variable in variables.values()]
         strategy = self._strategy
         *values, epoch = _summed(strategy, [*values, epoch], is_chief(strategy))
         for variable, value in zip(variables.values(), values, strict=True):
             variable.assign(value)
-        model._initial_epoch = int(epoch)
+        keras_models.set_initial_epoch(model, int(epoch))

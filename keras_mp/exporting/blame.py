@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp._compat import keras_layers
+from keras_mp._compat import keras_hooks, keras_layers
 from keras_mp.exporting.comparison import measure
 from keras_mp.exporting.signature import Signature
 
@@ -130,27 +129,22 @@ def answers_at_random(signature: Signature, rows: Mapping[str, np.ndarray], limi
 
 @contextlib.contextmanager
 def _watched(model: keras.Model) -> Iterator[list[tuple[keras.Layer, str, list[tf.Tensor]]]]:
-    """Notes the floats that layers of a model return in this thread: every call passes `keras.Layer.__call__`.
+    """Notes the floats that layers of a model return in this thread: see `watched_calls`.
 
     In a graph those of its own level, for what is inside of a loop has no value outside.
     """
     layers = keras_layers.layers_by_path(model)
     paths = {id(layer): path.partition("/")[2] for path, layer in layers.items()}
     found: list[tuple[keras.Layer, str, list[tf.Tensor]]] = []
-    call, thread, graph = keras.Layer.__call__, threading.get_ident(), _graph()
+    graph = _graph()
 
-    def watched(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
-        outputs = call(self, *args, **kwargs)
-        if threading.get_ident() == thread and id(self) in paths and _graph() is graph:
+    def note(layer: Any, outputs: Any) -> None:
+        if id(layer) in paths and _graph() is graph:
             flat = [each for each in keras.tree.flatten(outputs) if isinstance(each, tf.Tensor)]
-            found.append((self, paths[id(self)], [each for each in flat if each.dtype.is_floating]))
-        return outputs
+            found.append((layer, paths[id(layer)], [each for each in flat if each.dtype.is_floating]))
 
-    keras.Layer.__call__ = watched
-    try:
+    with keras_hooks.watched_calls(ends=note):
         yield found
-    finally:
-        keras.Layer.__call__ = call
 
 
 def _floats(tensor: Any) -> np.ndarray:

@@ -187,7 +187,7 @@ def _facts(graph: Graph, made: pathlib.Path, errors: dict[str, dict[str, dict[st
     sizes = manifest.sizes_of(made)
     sizes["float32_weights"] = 4 * sum(int(np.prod(variable.shape)) for variable in model.weights)
     return {
-        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": model.name,
         "policies": graph.policies,
         "precision": graph.precision,

@@ -1,21 +1,17 @@
-"""What each device here is fast at: `detect()` reads it from the system, `measure()` times it."""
+"""The devices here, and the dtypes that each is fast at."""
 
 from keras_mp.hardware.detection import (
-    Device,
-    Hardware,
     cpu_gains,
     detect,
     detect_for,
-    fast_dtypes,
     fusion_is_safe,
     in_use,
     measure,
-    parse_cpuinfo,
-    parse_sysctl,
-    recommend,
     remember,
     strategy_in_use,
 )
+from keras_mp.hardware.devices import Device, parse_cpuinfo, parse_sysctl
+from keras_mp.hardware.recommendation import Hardware, fast_dtypes, recommend
 
 __all__ = [
     "Device",

@@ -1,4 +1,4 @@
-"""How long a matrix product takes in float32 and in 16 bits on a device that is here."""
+"""The time of a matmul in float32 and in a 16-bit dtype on a device of this machine."""
 
 import dataclasses
 import functools
@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-from keras_mp._compat import runtime
+__all__ = ["ProductTimes", "settle", "time_matmuls"]
 
-__all__ = ["ProductTimes", "settle", "time_products"]
-
-# The gain in a bare product below which the casts of a training step leave nothing of it.
+# Below this gain of a bare matmul, the casts of a training step use it up.
 _WORTHWHILE = 1.2
 
 _SIZE = 768
@@ -25,25 +23,22 @@ _ROUNDS = 7
 _ROUNDS_AT_MOST = 61
 _SECONDS_AT_MOST = 2.0
 
-# How far from the threshold, as a logarithm, the ratio of one round has to be for it to be told from it; of n rounds a
-# square root of n less. It is over three standard errors of the median where each time varies by a tenth.
+# The least distance of one round's ratio from the threshold, as a logarithm, that counts as clear. For n rounds it is
+# less by the square root of n. It is over three standard errors of the median where each time varies by a tenth.
 _MARGIN = 0.6
-
-# What TensorFlow logs when a session is made, and once for float16 on a CPU without instructions for it.
-_LOG_LINES = ("absl::InitializeLog()", "mlir_graph_optimization_pass.cc:", "oneDNN supports DT_HALF only")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTimes:
-    """How long one matrix product takes in float32 and in a 16-bit dtype.
+    """The time of one matmul in float32 and in a 16-bit dtype.
 
     Args:
         device: `"CPU"`, `"GPU"` or `"TPU"`.
         size: rows and columns of both factors.
         dtype: the 16-bit dtype.
-        float32_ms: median time of the product in float32, in milliseconds.
-        dtype_ms: median time of the product in `dtype`, in milliseconds.
-        clear: whether the ratio is so far from the threshold that another run would give the same answer.
+        float32_ms: median time of the matmul in float32, in milliseconds.
+        dtype_ms: median time of the matmul in `dtype`, in milliseconds.
+        clear: whether the ratio is far enough from the threshold to be the same in another run.
     """
 
     device: str
@@ -55,19 +50,19 @@ class ProductTimes:
 
     @property
     def ratio(self) -> float:
-        """How many times faster the 16-bit product is than the float32 one."""
+        """How many times faster the 16-bit matmul is than the float32 one."""
         return self.float32_ms / self.dtype_ms
 
     @property
     def gains(self) -> bool:
-        """Whether the 16-bit product is so much faster that a training step gains from it; no where it is not clear."""
+        """Whether a training step gains from the 16-bit matmul. False where the ratio is not clear."""
         return self.clear and self.ratio >= _WORTHWHILE
 
     def __str__(self) -> str:
         """Both times in words, as the second half of a sentence."""
         close = "" if self.clear else f", too close to {_WORTHWHILE}x to tell"
         return (
-            f"a product of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
+            f"a matmul of two {self.size} x {self.size} matrices takes {self.float32_ms:.2f} ms in float32 and "
             f"{self.dtype_ms:.2f} ms in {self.dtype} ({self.ratio:.1f}x{close})"
         )
 
@@ -75,10 +70,10 @@ class ProductTimes:
 def settle(rounds: Iterable[tuple[float, float]]) -> tuple[float, float, bool]:
     """Takes rounds until their medians tell on which side of the threshold the ratio is, or there are enough.
 
-    So the answer is the same from run to run, and only what is near the threshold is timed for longer.
+    So the result is the same from run to run, and only a ratio near the threshold is timed for longer.
 
     Args:
-        rounds: milliseconds of a product in float32 and in 16 bits, of one round after another; one at least.
+        rounds: for each round, milliseconds of a matmul in float32 and in the 16-bit dtype. At least one.
 
     Returns:
         Both medians, and whether their ratio is clearly above or below the threshold.
@@ -101,8 +96,8 @@ def settle(rounds: Iterable[tuple[float, float]]) -> tuple[float, float, bool]:
     return float32_ms, dtype_ms, clear
 
 
-def time_products(dtype: str, device: str) -> ProductTimes:
-    """Times the product of two matrices in float32 and in a 16-bit dtype, in turns.
+def time_matmuls(dtype: str, device: str) -> ProductTimes:
+    """Times a matmul in float32 and in a 16-bit dtype, in turns.
 
     Args:
         dtype: `"bfloat16"` or `"float16"`.
@@ -114,19 +109,19 @@ def time_products(dtype: str, device: str) -> ProductTimes:
 
 
 def _factors(dtype: str) -> dict[str, np.ndarray]:
-    # Scaled so that a chain of products keeps its magnitude: neither overflow nor subnormal numbers are timed.
+    # Scaled so that a chain of matmuls keeps its magnitude: neither overflow nor subnormal numbers are timed.
     factor = np.random.default_rng(0).standard_normal((_SIZE, _SIZE)) / _SIZE**0.5
     return {each: factor.astype(tf.as_dtype(each).as_numpy_dtype) for each in ("float32", dtype)}
 
 
 def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
-    # A session of its own, because the first eager op would start the runtime and so forbid to configure it later.
+    # In a session, because the first eager op would start the runtime, which could not be configured later.
     graph = tf.Graph()
     with graph.as_default():
-        products = {}
+        chains = {}
         for dtype in factors:
             factor = tf.compat.v1.placeholder(dtype, (_SIZE, _SIZE))
-            products[dtype] = factor, _chain(factor).op
+            chains[dtype] = factor, _chain(factor).op
     config = tf.compat.v1.ConfigProto(
         device_count={"GPU": 0},
         intra_op_parallelism_threads=tf.config.threading.get_intra_op_parallelism_threads(),
@@ -134,17 +129,16 @@ def _interleaved(factors: dict[str, np.ndarray]) -> tuple[float, float, bool]:
     )
     with tf.compat.v1.Session(graph=graph, config=config) as session:
         runs = {
-            dtype: functools.partial(session.make_callable(product, [factor]), factors[dtype])
-            for dtype, (factor, product) in products.items()
+            dtype: functools.partial(session.make_callable(chain, [factor]), factors[dtype])
+            for dtype, (factor, chain) in chains.items()
         }
-        with runtime.without_log_lines(*_LOG_LINES):
-            return settle(_rounds(runs))
+        return settle(_rounds(runs))
 
 
 def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> tuple[float, float, bool]:
     with tf.device(f"/device:{device}:0"):
         tensors = {dtype: tf.constant(factor) for dtype, factor in factors.items()}
-        # One number is fetched, which waits for the product and copies next to nothing.
+        # Fetching one number waits for the matmul and copies next to nothing.
         return settle(
             _rounds(
                 {
@@ -156,14 +150,14 @@ def _interleaved_eager(factors: dict[str, np.ndarray], device: str) -> tuple[flo
 
 
 def _chain(factor: tf.Tensor) -> tf.Tensor:
-    product = factor
+    result = factor
     for _ in range(_CHAIN):
-        product = tf.matmul(product, factor)
-    return product
+        result = tf.matmul(result, factor)
+    return result
 
 
 def _rounds(runs: Mapping[str, Callable[[], object]]) -> Iterator[tuple[float, float]]:
-    """Milliseconds of one product of each dtype, taken in turns after a warm-up, for as long as there is time."""
+    """Yields milliseconds of one matmul of each dtype, taken in turns after a warm-up, until the time is up."""
     for run in runs.values():
         run()
     end = time.perf_counter() + _SECONDS_AT_MOST

@@ -1,4 +1,4 @@
-"""Keras layers that compute in float32 what 16 bits cannot hold."""
+"""Keras layers that compute in float32 where half precision is not enough."""
 
 from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
 from keras_mp.layers.conv.convolution import Conv1D, Conv2D, Conv3D

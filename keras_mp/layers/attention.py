@@ -1,5 +1,6 @@
 """Attention layers whose softmax is in float32 and whose memory holds no matrix of scores longer than it has to."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,13 +8,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_mp._compat import keras_layers
+from keras_mp._compat import keras_layer_parts, keras_layers
 from keras_mp.errors import ArgumentError
 from keras_mp.layers.core.dense import EinsumDense
-from keras_mp.layers.core.dropout import dropped
 from keras_mp.layers.softmax import Softmax
 from keras_mp.ops import fusion
 from keras_mp.ops.attention.dot_product import Masks, attend, attend_with_scores, wide_dtype
+from keras_mp.ops.noise import dropped
 
 __all__ = ["AdditiveAttention", "Attention", "GroupedQueryAttention", "MultiHeadAttention"]
 
@@ -134,7 +135,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         """What hides keys, for `_compute_attention`: parts rather than a matrix of pairs, where that can be."""
         if len(query.shape) != 3:
             return super()._compute_attention_mask(query, value, **masks)
-        return _masks(getattr(self, "_sliding_window", None), **masks)  # Keras 3.12 has no windows
+        return _masks(keras_layer_parts.head_settings(self)[0], **masks)
 
     def _compute_attention(
         self,
@@ -151,14 +152,15 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             return super()._compute_attention(
                 query, key, value, attention_mask, training, return_attention_scores, **kwargs
             )
+        _, scale, dropout = keras_layer_parts.head_settings(self)
         return _attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            scale=self._inverse_sqrt_key_dim,
-            dropout=self._dropout,
+            scale=scale,
+            dropout=dropout,
             training=training,
             return_attention_scores=return_attention_scores,
         )
@@ -255,27 +257,28 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
         # Without the masks that the tensors carry, which the projections would complain of.
         query, value = tf.identity(query), tf.identity(value)
         key = value if key is None else tf.identity(key)
+        parts = keras_layer_parts.projections(self)
         outputs, scores = _attend(
             self,
-            self._query_dense(query),
-            self._key_dense(key),
-            self._value_dense(value),
+            parts.query(query),
+            parts.key(key),
+            parts.value(value),
             _masks(
-                getattr(self, "sliding_window", None),  # Keras 3.12 has neither windows nor gates
+                self.sliding_window,
                 query_mask=query_mask,
                 value_mask=value_mask,
                 key_mask=key_mask,
                 attention_mask=attention_mask,
                 use_causal_mask=use_causal_mask,
             ),
-            scale=self._inverse_sqrt_head_dim,
+            scale=1.0 / math.sqrt(self.head_dim),
             dropout=self.dropout,
             training=training,
             return_attention_scores=return_attention_scores,
         )
-        if getattr(self, "use_gate", False):
-            outputs *= self._gate_dense(query)
-        outputs = self._output_dense(outputs)
+        if parts.gate is not None:
+            outputs *= parts.gate(query)
+        outputs = parts.output(outputs)
         return (outputs, scores) if return_attention_scores else outputs
 
     def get_config(self) -> dict[str, Any]:
@@ -624,7 +627,7 @@ def _attend(
 ) -> tuple[Any, Any]:
     """What the two layers of several heads do with projected query, key and value."""
     rate = float(dropout) if training else 0.0
-    seed = tf.cast(layer._dropout_layer.seed_generator.next(), tf.int32) if rate else None
+    seed = tf.cast(keras_layer_parts.dropout_seed(layer), tf.int32) if rate else None
     if return_attention_scores:
         return attend_with_scores(query, key, value, masks, scale=scale, rate=rate, seed=seed)
     outputs = attend(

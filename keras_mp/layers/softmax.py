@@ -6,10 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import activations
-from keras_mp.activations.softmax import softmax_of_unknown_rank
 from keras_mp.errors import ArgumentError
 from keras_mp.ops import fusion
+from keras_mp.ops.softmax import softmax_in_one_pass, softmax_of_unknown_rank
 
 __all__ = ["Softmax"]
 
@@ -73,7 +72,7 @@ class Softmax(keras.layers.Softmax):
             x = tf.where(mask, x, _lowest(x.dtype))
         in_one_pass = x.dtype.size == 2 or (x.dtype.size == 4 and fusion.pays(x))
         together = None if axes is None else tuple(axes)
-        outputs = activations.softmax_in_one_pass(x, together) if in_one_pass else _softmax(x, axes)
+        outputs = softmax_in_one_pass(x, together) if in_one_pass else _softmax(x, axes)
         if mask is not None:
             outputs = tf.where(mask, outputs, tf.zeros([], outputs.dtype))  # a row that is masked altogether
         return outputs if outputs.dtype == self.compute_dtype else tf.cast(outputs, self.compute_dtype)

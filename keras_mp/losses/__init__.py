@@ -1,4 +1,4 @@
-"""Cross-entropies that take a model's 16-bit outputs as they are and compute in float32."""
+"""Cross-entropies that compute in float32 and take 16-bit outputs as they are."""
 
 from keras_mp.losses.crossentropies import BinaryCrossentropy, CategoricalCrossentropy, SparseCategoricalCrossentropy
 

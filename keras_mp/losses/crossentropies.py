@@ -1,38 +1,31 @@
-"""Cross-entropies that take a model's 16-bit output as it is and compute in float32.
-
-Stock Keras casts the predictions to float32 before the loss, and the float32 copy, as large as the logits, is kept for
-the backward pass, together with the gradient that TensorFlow's kernel computes ahead. Here the backward pass keeps the
-16-bit predictions and the labels, and computes the rest again.
-"""
+"""Cross-entropies that take a model's 16-bit output as it is and compute in float32."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_mp._compat import keras_layers
-from keras_mp.ops import fusion
+from keras_mp.ops import crossentropy
 
 __all__ = ["BinaryCrossentropy", "CategoricalCrossentropy", "SparseCategoricalCrossentropy"]
 
 
 class _Reduction(keras.losses.Loss):
-    """Keras's own masks, sample weights, reduction and division among replicas, of losses that are computed already."""
+    """Keras's masks, sample weights, reduction and division among replicas, for losses that are already computed."""
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         del y_true
         return y_pred
 
 
-class _WithoutFloat32Copy:
-    """What the losses here do otherwise than the Keras classes that they inherit from as well."""
+class _WithoutFloat32Copy(keras.losses.Loss):
+    """A loss that sees labels and predictions in their own dtypes. Keras's loss comes after it among the bases."""
 
-    def __call__(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        # `Loss.__call__` casts labels and predictions to the loss's dtype before `call` sees them, so `call` is too
-        # late to keep them as they are, and all that follows it is Keras's business. So `call` is run here, on what
-        # was given, and Keras's `__call__` on its answer, which is float32 already.
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        # Keras's `__call__` casts labels and predictions to the loss's dtype before `call` sees them. So `call` runs
+        # here on the originals, and Keras's `__call__` on the losses, which are float32 already.
         mask = keras_layers.mask_of(y_pred)
         with keras.name_scope(self.name):
             y_true, y_pred = _as_given(y_true), _as_given(y_pred)
@@ -47,17 +40,17 @@ class _WithoutFloat32Copy:
         reduced = _Reduction(name=self.name, reduction=self.reduction, dtype=self._dtype_for_values)
         return keras.ops.cast(reduced(losses, losses, sample_weight), self.dtype)
 
-    def __repr__(self: Any) -> str:
-        return f"<{type(self).__name__}({self.get_config()})>"  # Keras's would print `fn`, which is a method of this
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}({self.get_config()})>"  # Keras's would print `fn`, a method of this object
 
     @property
-    def _dtype_for_values(self: Any) -> str:
-        return keras.backend.result_type(self.dtype, "float32")
+    def _dtype_for_values(self) -> str:
+        return str(keras.backend.result_type(self.dtype, "float32"))
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class SparseCategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.SparseCategoricalCrossentropy):
-    """Cross-entropy of integer labels, in float32 from 16-bit predictions of which it keeps no float32 copy.
+    """Cross-entropy of integer labels, in float32 from 16-bit predictions, without a float32 copy of them.
 
     A drop-in for `keras.losses.SparseCategoricalCrossentropy`. Integer labels stay integers, whatever `dtype` is.
 
@@ -66,9 +59,9 @@ class SparseCategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.SparseCate
         ignore_class: int, a label whose entries do not count; None for none. Defaults to None.
         reduction: "sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none" or None. Defaults to
             "sum_over_batch_size".
-        axis: int, the axis of the classes, which must be the last. Defaults to -1.
-        name: str, of the loss. Defaults to "sparse_categorical_crossentropy".
-        dtype: str or `keras.DTypePolicy`, of the answer, and of the computation where that is wider than float32.
+        axis: int, the axis of the classes, which must be the last one. Defaults to -1.
+        name: str, name of the loss. Defaults to "sparse_categorical_crossentropy".
+        dtype: str or `keras.DTypePolicy` of the result, and of the computation where it is wider than float32.
             Defaults to `keras.config.floatx()`.
 
     Call arguments:
@@ -81,7 +74,7 @@ class SparseCategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.SparseCate
 
     Raises:
         ValueError: if `reduction` is unknown, `axis` is not the last or shapes do not match.
-        tf.errors.InvalidArgumentError: if a label is no class, outside XLA; XLA answers NaN for it.
+        tf.errors.InvalidArgumentError: if a label is no class, outside XLA; XLA returns NaN for it.
 
     Example:
         >>> import keras_mp
@@ -101,17 +94,19 @@ class SparseCategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.SparseCate
         reduction: str | None = "sum_over_batch_size",
         axis: int = -1,
         name: str = "sparse_categorical_crossentropy",
-        dtype: Any = None,
+        dtype: "str | keras.DTypePolicy | None" = None,
     ) -> None:
         super().__init__(from_logits, ignore_class, reduction, axis, name, dtype)
         self.axis = axis
-        self.fn = self._values  # what Keras's `call` runs, once it has made the ranks of labels and predictions match
+        self.fn = self._values  # Keras's `call` runs it, once the ranks of labels and predictions match
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the loss."""
+        """Returns the arguments of the loss."""
         return {**super().get_config(), "axis": self.axis}
 
-    def _values(self, y_true: Any, y_pred: Any, from_logits: bool, ignore_class: int | None, axis: int) -> Any:
+    def _values(
+        self, y_true: tf.Tensor, y_pred: tf.Tensor, from_logits: bool, ignore_class: int | None, axis: int
+    ) -> tf.Tensor:
         rank = len(y_pred.shape)
         if axis not in (-1, rank - 1):
             raise ValueError(f"Only axis=-1 is currently supported. Received: axis={axis}")
@@ -129,17 +124,17 @@ class SparseCategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.SparseCate
             )
         y_pred, from_logits = _logits(y_pred, from_logits, "Softmax", "sparse_categorical_crossentropy")
         labels = y_true if y_true.dtype in (tf.int32, tf.int64) else tf.cast(y_true, "int64")
-        if ignore_class is None:
-            return _sparse(self, y_pred, labels, from_logits=from_logits)
-        valid = tf.not_equal(labels, tf.cast(ignore_class, labels.dtype))
-        labels = tf.where(valid, labels, tf.zeros_like(labels))
-        losses = _sparse(self, y_pred, labels, valid, from_logits=from_logits)
-        return keras_layers.with_mask(losses, valid)
+        valid = None
+        if ignore_class is not None:
+            valid = tf.not_equal(labels, tf.cast(ignore_class, labels.dtype))
+            labels = tf.where(valid, labels, tf.zeros_like(labels))
+        losses = crossentropy.sparse(y_pred, labels, valid, from_logits=from_logits, dtype=self._dtype_for_values)
+        return losses if valid is None else keras_layers.with_mask(losses, valid)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class CategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.CategoricalCrossentropy):
-    """Cross-entropy of one-hot labels, in float32 from 16-bit predictions of which it keeps no float32 copy.
+    """Cross-entropy of one-hot labels, in float32 from 16-bit predictions, without a float32 copy of them.
 
     A drop-in for `keras.losses.CategoricalCrossentropy`. A 16-bit logit of -inf is a class that cannot be: where its
     label is 0 it adds nothing, and label smoothing counts the classes along `axis`.
@@ -150,8 +145,8 @@ class CategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.CategoricalCross
         axis: int, the axis of the classes. Defaults to -1.
         reduction: "sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none" or None. Defaults to
             "sum_over_batch_size".
-        name: str, of the loss. Defaults to "categorical_crossentropy".
-        dtype: str or `keras.DTypePolicy`, of the answer, and of the computation where that is wider than float32.
+        name: str, name of the loss. Defaults to "categorical_crossentropy".
+        dtype: str or `keras.DTypePolicy` of the result, and of the computation where it is wider than float32.
             Defaults to `keras.config.floatx()`.
 
     Call arguments:
@@ -182,12 +177,14 @@ class CategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.CategoricalCross
         axis: int = -1,
         reduction: str | None = "sum_over_batch_size",
         name: str = "categorical_crossentropy",
-        dtype: Any = None,
+        dtype: "str | keras.DTypePolicy | None" = None,
     ) -> None:
         super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
         self.fn = self._values
 
-    def _values(self, y_true: Any, y_pred: Any, from_logits: bool, label_smoothing: float, axis: int) -> Any:
+    def _values(
+        self, y_true: tf.Tensor, y_pred: tf.Tensor, from_logits: bool, label_smoothing: float, axis: int
+    ) -> tf.Tensor:
         if isinstance(axis, bool):
             raise ValueError(f"`axis` must be of type `int`. Received: axis={axis} of type {type(axis)}")
         _require_same_shape(y_true, y_pred)
@@ -201,12 +198,12 @@ class CategoricalCrossentropy(_WithoutFloat32Copy, keras.losses.CategoricalCross
             )
         y_pred, from_logits = _logits(y_pred, from_logits, "Softmax", "categorical_crossentropy")
         settings = {"from_logits": from_logits, "label_smoothing": float(label_smoothing), "axis": axis}
-        return _categorical(self, y_pred, y_true, **settings)
+        return crossentropy.categorical(y_pred, y_true, dtype=self._dtype_for_values, **settings)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class BinaryCrossentropy(_WithoutFloat32Copy, keras.losses.BinaryCrossentropy):
-    """Cross-entropy of labels of 0 or 1, in float32 from 16-bit predictions of which it keeps no float32 copy.
+    """Cross-entropy of labels of 0 or 1, in float32 from 16-bit predictions, without a float32 copy of them.
 
     A drop-in for `keras.losses.BinaryCrossentropy`.
 
@@ -216,8 +213,8 @@ class BinaryCrossentropy(_WithoutFloat32Copy, keras.losses.BinaryCrossentropy):
         axis: int, the axis that the mean is taken over. Defaults to -1.
         reduction: "sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none" or None. Defaults to
             "sum_over_batch_size".
-        name: str, of the loss. Defaults to "binary_crossentropy".
-        dtype: str or `keras.DTypePolicy`, of the answer, and of the computation where that is wider than float32.
+        name: str, name of the loss. Defaults to "binary_crossentropy".
+        dtype: str or `keras.DTypePolicy` of the result, and of the computation where it is wider than float32.
             Defaults to `keras.config.floatx()`.
 
     Call arguments:
@@ -248,28 +245,26 @@ class BinaryCrossentropy(_WithoutFloat32Copy, keras.losses.BinaryCrossentropy):
         axis: int = -1,
         reduction: str | None = "sum_over_batch_size",
         name: str = "binary_crossentropy",
-        dtype: Any = None,
+        dtype: "str | keras.DTypePolicy | None" = None,
     ) -> None:
         super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
         self.fn = self._values
 
-    def _values(self, y_true: Any, y_pred: Any, from_logits: bool, label_smoothing: float, axis: int) -> Any:
+    def _values(
+        self, y_true: tf.Tensor, y_pred: tf.Tensor, from_logits: bool, label_smoothing: float, axis: int
+    ) -> tf.Tensor:
         _require_same_shape(y_true, y_pred)
         y_pred, from_logits = _logits(y_pred, from_logits, "Sigmoid", "binary_crossentropy")
         settings = {"from_logits": from_logits, "label_smoothing": float(label_smoothing), "axis": axis}
-        return _binary(self, y_pred, y_true, **settings)
+        return crossentropy.binary(y_pred, y_true, dtype=self._dtype_for_values, **settings)
 
 
-def _as_given(x: Any) -> Any:
-    """`x` as a tensor of its own dtype, with what Keras has attached to it."""
+def _as_given(x: Any) -> tf.Tensor:
+    """Returns `x` as a tensor of its own dtype, with the attributes that Keras gave it."""
     return x if tf.is_tensor(x) else keras.ops.convert_to_tensor(x)
 
 
-def _is_16_bit(x: Any) -> bool:
-    return bool(x.dtype.is_floating and x.dtype.size == 2)
-
-
-def _require_same_shape(y_true: Any, y_pred: Any) -> None:
+def _require_same_shape(y_true: tf.Tensor, y_pred: tf.Tensor) -> None:
     if len(y_true.shape) != len(y_pred.shape):
         raise ValueError(
             "Arguments `target` and `output` must have the same rank (ndim). Received: "
@@ -282,8 +277,8 @@ def _require_same_shape(y_true: Any, y_pred: Any) -> None:
         )
 
 
-def _logits(y_pred: Any, from_logits: bool, activation: str, loss: str) -> tuple[Any, bool]:
-    """The logits behind probabilities, where their activation has attached them, as the Keras losses use them."""
+def _logits(y_pred: tf.Tensor, from_logits: bool, activation: str, loss: str) -> tuple[tf.Tensor, bool]:
+    """Returns the logits that an activation attached to its probabilities, as Keras's losses use them."""
     logits = keras_layers.logits_of(y_pred)
     if logits is None:
         return y_pred, from_logits
@@ -294,100 +289,3 @@ def _logits(y_pred: Any, from_logits: bool, activation: str, loss: str) -> tuple
             stacklevel=5,
         )
     return logits, True
-
-
-def _per_example(values: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a loss of `values`, which gets tensors by position and settings by name, and casts the first to `dtype`.
-
-    Where the predictions are 16-bit or XLA compiles it, the backward pass keeps them and the labels and runs `values`
-    again.
-    """
-
-    def to_predictions(*given: Any, **settings: Any) -> Any:
-        *inputs, upstream = given
-        with tf.GradientTape() as tape:
-            tape.watch(inputs[0])
-            y = values(*inputs, **settings)
-        return tape.gradient(y, inputs[0], upstream)
-
-    def to_labels(*given: Any, **settings: Any) -> Any:
-        *inputs, upstream = given
-        with tf.GradientTape() as tape:
-            tape.watch(inputs[1])
-            y = values(*inputs, **settings)
-        return tape.gradient(y, inputs[1], upstream)
-
-    values_of, to_predictions_of, to_labels_of = map(fusion.fusible, (values, to_predictions, to_labels))
-
-    def run(loss: Any, *inputs: Any, **settings: Any) -> Any:
-        settings["dtype"] = loss._dtype_for_values
-        fused = fusion.pays(*inputs)
-        if not fused and not _is_16_bit(inputs[0]):
-            return values(*inputs, **settings)
-
-        @fusion.custom_gradient
-        def with_gradient(*inputs: Any) -> Any:
-            def gradient(upstream: Any) -> list[Any]:
-                gradients = [to_predictions_of(fused)(*inputs, upstream, **settings)] + [None] * (len(inputs) - 1)
-                # A function of its own, as large as the labels, that a graph drops where nobody asks for it.
-                if inputs[1].dtype.is_floating:
-                    gradients[1] = to_labels_of(fused)(*inputs, upstream, **settings)
-                return gradients
-
-            return values_of(fused)(*inputs, **settings), gradient
-
-        return with_gradient(*inputs)
-
-    return run
-
-
-def _sparse_values(y_pred: Any, labels: Any, *valid: Any, from_logits: bool, dtype: str) -> Any:
-    x = tf.cast(y_pred, dtype)
-    if valid:
-        x = tf.where(valid[0][..., tf.newaxis], x, tf.zeros([], dtype))
-    losses = keras.ops.sparse_categorical_crossentropy(labels, x, from_logits=from_logits)
-    return tf.where(valid[0], losses, tf.zeros([], dtype)) if valid else losses
-
-
-def _categorical_values(
-    y_pred: Any, y_true: Any, *, from_logits: bool, label_smoothing: float, axis: int, dtype: str
-) -> Any:
-    x, target = tf.cast(y_pred, dtype), tf.cast(y_true, dtype)
-    if from_logits and _is_16_bit(y_pred):
-        # A mask of -1e9 is -inf in float16; TensorFlow multiplies it with the label 0.
-        x = tf.where(tf.math.is_inf(x) & (x < 0), x.dtype.min, x)
-    if label_smoothing:
-        classes = tf.cast(tf.shape(target)[axis], dtype)  # Keras takes the last axis, whatever `axis` is
-        target = target * (1.0 - label_smoothing) + label_smoothing / classes
-    return keras.ops.categorical_crossentropy(target, x, from_logits=from_logits, axis=axis)
-
-
-def _binary_values(
-    y_pred: Any, y_true: Any, *, from_logits: bool, label_smoothing: float, axis: int, dtype: str
-) -> Any:
-    target = tf.cast(y_true, dtype)
-    if label_smoothing:
-        target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
-    losses = keras.ops.binary_crossentropy(target, tf.cast(y_pred, dtype), from_logits=from_logits)
-    return tf.reduce_mean(losses, axis)
-
-
-_categorical = _per_example(_categorical_values)
-_binary = _per_example(_binary_values)
-_sparse_unchecked = _per_example(_sparse_values)
-
-
-def _sparse(loss: Any, y_pred: Any, labels: Any, *valid: Any, **settings: Any) -> Any:
-    if fusion.pays(y_pred, labels):
-        # TensorFlow's kernel refuses a label that is no class; what XLA makes of it would be a silent NaN.
-        classes = tf.shape(y_pred, labels.dtype)[-1]
-        tf.debugging.Assert(
-            tf.reduce_all((labels >= 0) & (labels < classes)),
-            [
-                "Received a label value which is outside the valid range of [0, classes).",
-                "Classes, labels:",
-                classes,
-                labels,
-            ],
-        )
-    return _sparse_unchecked(loss, y_pred, labels, *valid, **settings)

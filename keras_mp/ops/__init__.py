@@ -1,1 +1,1 @@
-"""Functions of tensors that compute in float32 what 16 bits cannot hold. No Keras layer stands here."""
+"""Functions of tensors that compute in float32 where half precision is not enough. Nothing here is a Keras layer."""

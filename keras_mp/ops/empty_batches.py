@@ -1,42 +1,41 @@
-"""What a layer does about no rows, of which TensorFlow's operations on a CPU make errors.
+"""The one door for operations that fail without rows on a CPU.
 
-A replica may be given none, as its share of an epoch's last batch. Of those TensorFlow's convolutions answer with the
-shape of their input, which fits no bias and no other layer, and some of their gradients with what was in memory; the
-gradient of its largest values in windows ends the process.
+A replica may get no rows, as its share of an epoch's last batch. TensorFlow's convolutions then return the shape of
+their input, which fits no bias and no next layer. Some of their gradients return uninitialized memory. The gradient of
+max pooling ends the process.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 
 from keras_mp._compat import execution
 from keras_mp.ops import fusion
 
-__all__ = ["in_replicas", "of_some"]
+__all__ = ["of_some"]
 
 
-def in_replicas() -> bool:
-    """Whether this runs in one replica of several."""
-    replica = tf.distribute.get_replica_context()
-    return replica is not None and replica.num_replicas_in_sync > 1
+def of_some(
+    function: Callable[[tf.Tensor], tf.Tensor],
+    inputs: tf.Tensor,
+    served: bool = False,
+    where: execution.Execution | None = None,
+) -> tf.Tensor:
+    """Returns a function of rows. Where there are none, it gives the function one of zeros and drops its output.
 
-
-def of_some(function: Callable[[Any], tf.Tensor], inputs: Any, served: bool = False) -> tf.Tensor:
-    """A function of rows that is given one of zeros where there is none, whose answer to it is left out.
-
-    Where rows cannot be missing it is the function alone.
+    Where there must be rows, it calls the function and adds nothing to the graph.
 
     Args:
-        function: from rows to as many rows.
+        function: takes rows and returns as many.
         inputs: tensor of shape (batch, ...).
-        served: whether anyone may call, and not `fit` alone, which has rows wherever there is one replica.
+        served: whether anyone may call this. `fit` has rows wherever there is one replica.
+        where: where the layer's call is executed; by default `execution.current()`.
 
     Example:
         >>> of_some(lambda rows: rows[:, :2], tf.zeros([0, 3])).shape
         TensorShape([0, 2])
     """
-    if not _may_be_missing(inputs, served):
+    if not _may_be_missing(inputs, served, where or execution.current()):
         return function(inputs)
     rows = tf.shape(inputs)[0]
     some = tf.cond(rows > 0, lambda: inputs, lambda: tf.pad(inputs, [[0, 1], *[[0, 0]] * (inputs.shape.rank - 1)]))
@@ -44,13 +43,8 @@ def of_some(function: Callable[[Any], tf.Tensor], inputs: Any, served: bool = Fa
     return tf.cond(rows > 0, lambda: outputs, lambda: outputs[:0])
 
 
-def _may_be_missing(inputs: Any, served: bool) -> bool:
-    """Whether a tensor has or may have no rows, where that would be wrong: on a CPU, outside XLA."""
-    if (
-        not isinstance(inputs, tf.Tensor)
-        or not inputs.shape.rank
-        or not execution.on_cpu()
-        or execution.in_xla_context()
-    ):
+def _may_be_missing(inputs: tf.Tensor, served: bool, where: execution.Execution) -> bool:
+    """Whether a tensor may have no rows where that would be wrong: on a CPU, outside XLA."""
+    if not isinstance(inputs, tf.Tensor) or not inputs.shape.rank or not where.on_cpu or where.in_xla:
         return False
-    return inputs.shape[0] == 0 or (inputs.shape[0] is None and (served or in_replicas()))
+    return inputs.shape[0] == 0 or (inputs.shape[0] is None and (served or where.replicas > 1))

@@ -1,15 +1,15 @@
 """Functions of tensors that XLA compiles to one pass over memory where that pays, with gradients that keep little.
 
-A chain of elementwise operations and reductions reads and writes memory once an operation, and in bfloat16 on a CPU
-converts to float32 and back in each. Compiled by XLA it does so once. Matrix products and convolutions stay outside:
-there the libraries' kernels are faster.
+In a chain of elementwise operations and reductions each one reads and writes memory. In bfloat16 on a CPU each one
+also converts to float32 and back. Compiled by XLA, the chain does both once. Matmuls and convolutions stay outside: the
+libraries' kernels are faster.
 """
 
 import contextvars
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -32,21 +32,24 @@ __all__ = [
     "total",
 ]
 
-# Whether what is traced now is being compiled on its own, for a CPU.
+# Whether XLA compiles the function that is being traced by itself, for a CPU.
 _on_cpu = contextvars.ContextVar("_on_cpu", default=False)
 
 _LONGEST_SUM = 1024
 
+# From the gradients to the outputs to those to the inputs.
+Gradient: TypeAlias = Callable[..., Any]
+
 
 def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`tf.custom_gradient` for tapes, forward accumulators and variables alike.
+    """Returns `function` with its own gradient, for gradient tapes, forward accumulators and variables alike.
 
-    TensorFlow's takes no gradient to a variable that it is given in eager code. And of a gradient it makes a forward
-    derivative by its transpose, which it finds only where no tape is in it. So where a forward accumulator follows one
-    of the tensors, what `function` computes is differentiated op by op.
+    `tf.custom_gradient` takes no gradient to a variable that it gets in eager code. For a forward accumulator it
+    transposes the gradient, and fails where a tape is in it. Here, TensorFlow differentiates `function` op by op where
+    a forward accumulator follows one of the tensors.
 
     Args:
-        function: from tensors to tensors, made of ops with gradients, and a function that makes gradients of gradients.
+        function: takes tensors. Returns tensors, made by ops with gradients, and a gradient function.
 
     Example:
         >>> import tensorflow as tf
@@ -60,19 +63,19 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     with_gradient = tf.custom_gradient(function)
 
     @functools.wraps(function)
-    def run(*tensors: Any) -> Any:
+    def run(*tensors: "tf.Tensor | tf.Variable | np.ndarray | float") -> Any:
         tensors = tuple(tf.convert_to_tensor(tensor) for tensor in tensors)
         return function(*tensors)[0] if execution.forward_mode(*tensors) else with_gradient(*tensors)
 
     return run
 
 
-def shaped(x: tf.Tensor, shape: Any) -> tf.Tensor:
-    """`tf.ensure_shape`, whose op no forward accumulator can follow in a graph.
+def shaped(x: tf.Tensor, shape: "Sequence[int | None] | tf.TensorShape") -> tf.Tensor:
+    """Returns `x` with a static shape, as `tf.ensure_shape`, also where a forward accumulator follows `x` in a graph.
 
     Args:
-        x: of that shape.
-        shape: with None for what is not known.
+        x: tensor of that shape.
+        shape: sizes, with None for an unknown one.
     """
     if not execution.forward_mode(x):
         return tf.ensure_shape(x, shape)
@@ -80,25 +83,27 @@ def shaped(x: tf.Tensor, shape: Any) -> tf.Tensor:
     return x
 
 
-def pays(*tensors: tf.Tensor) -> bool:
-    """Whether functions of these tensors should be compiled on their own.
+def pays(*tensors: tf.Tensor, where: execution.Execution | None = None) -> bool:
+    """Whether XLA should compile functions of these tensors by themselves.
 
-    They are in the graph of a training step, where a gradient tape is watching. They are not in eager code, not inside
-    a function that XLA compiles as a whole, where all is fused anyway, and not in a forward pass alone: that is also
-    what an exported model holds, and TensorFlow Serving refuses functions that XLA must compile.
+    It should in the graph of a training step, where a gradient tape records, and nowhere else:
 
-    Nor where a forward accumulator follows them, which does not see what is inside of such functions.
-
-    XLA compiles anew for every shape. Where an axis other than the first, that of the batch, has no static size, as
-    for texts of many lengths, the time would go into the compiler.
+    - Inside a function that XLA compiles as a whole, everything is fused already.
+    - A forward pass alone may be part of an exported model. TensorFlow Serving refuses functions that XLA must compile.
+    - A forward accumulator does not see inside compiled functions.
+    - XLA compiles again for every shape. For texts of many lengths, all the time would go into the compiler. So only
+      the batch axis may have an unknown size.
 
     Args:
-        tensors: what the functions get.
+        tensors: arguments of the functions.
+        where: where the layer's call is executed; by default `execution.current()`.
     """
+    if tf.executing_eagerly():
+        return False
+    where = where or execution.current()
     return (
-        not tf.executing_eagerly()
-        and execution.recording()
-        and not execution.in_xla_context()
+        where.training
+        and not where.in_xla
         and not execution.forward_mode(*tensors)
         and all(tensor.shape.rank is not None and None not in tensor.shape[1:].as_list() for tensor in tensors)
     )
@@ -108,10 +113,10 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
     """Makes a function of tensors compilable.
 
     Args:
-        function: pure; gets tensors by position and hashable settings by name.
+        function: pure function of tensors by position and hashable settings by name.
 
     Returns:
-        A function from whether XLA is to compile to `function` itself or the compiled one.
+        A function of one bool: for True it returns the compiled function, for False `function` itself.
 
     Example:
         >>> import tensorflow as tf
@@ -133,7 +138,7 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
     compiled = tf.function(traced, jit_compile=True, autograph=False)
 
     def called(*tensors: Any, **settings: Any) -> Any:
-        # The gradient of `tf.cond` finds what a compiled function gets from a branch only through an identity.
+        # Without the identity, the gradient of `tf.cond` does not find what a compiled function gets in a branch.
         tensors = tuple(tf.identity(tensor) for tensor in tensors)
         # `tf.function` would make tensors of NumPy's numbers.
         numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
@@ -143,26 +148,26 @@ def fusible(function: Callable[..., Any]) -> Callable[[bool], Callable[..., Any]
 
 
 def compiles_for_cpu() -> bool:
-    """Whether what is traced now is a function that XLA compiles on its own, for a CPU."""
+    """Whether XLA compiles the function that is being traced by itself, for a CPU."""
     return _on_cpu.get()
 
 
 def total(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
-    """The sum over some axes, which stay with size 1.
+    """Returns the sum over some axes, which stay with size 1.
 
-    XLA adds up on a CPU one element after the other. It has fast products of matrices with vectors, into which it fuses
-    what comes before, so there the sum over axes that stand together is a product with ones: a fifth of the time over
-    rows, a third of it along them.
+    On a CPU, XLA adds one element after the other. Its matrix-vector products are fast, and it fuses the operations
+    before into them. So the sum over adjacent axes is a matmul with ones there. It takes a fifth of the time over rows
+    and a third along them.
 
     Args:
-        x: float32 or float64, of any shape.
+        x: float32 or float64 tensor of any shape.
         axes: counted from the front, in order.
     """
     if not compiles_for_cpu() or not axes or tuple(axes) != tuple(range(axes[0], axes[-1] + 1)):
         return tf.reduce_sum(x, axes, keepdims=True)
     sizes = keras.ops.shape(x)
     if axes[0] == 0 and len(axes) > 1:
-        return tf.reduce_sum(total(x, axes[1:]), 0, keepdims=True)  # shorter products are faster
+        return tf.reduce_sum(total(x, axes[1:]), 0, keepdims=True)  # shorter matmuls are faster
     before, summed, after = sizes[: axes[0]], math.prod(sizes[axis] for axis in axes), sizes[axes[-1] + 1 :]
     parts = _parts(summed)
     if parts > 1:
@@ -170,15 +175,15 @@ def total(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
         sums = tf.reduce_sum(rows, axes[0], keepdims=True)
     elif after:
         rows = tf.reshape(x, [math.prod(before), summed, math.prod(after)])
-        # XLA is three times slower where it has to broadcast the ones over the products.
+        # XLA is three times slower where it broadcasts the ones over the batch of matmuls.
         sums = tf.matmul(tf.ones([math.prod(before), 1, summed], x.dtype), rows)
     else:
         sums = tf.matmul(tf.reshape(x, [math.prod(before), summed]), tf.ones([summed, 1], x.dtype))
     return tf.reshape(sums, [1 if axis in axes else size for axis, size in enumerate(sizes)])
 
 
-def _parts(size: Any) -> int:
-    """How many sums to divide a sum into: adding to one that is large already loses the digits of what is added."""
+def _parts(size: "int | tf.Tensor") -> int:
+    """Returns into how many sums to divide a sum. Adding a small number to a large sum loses the number's digits."""
     if not isinstance(size, int) or size <= _LONGEST_SUM:
         return 1
     part = next(part for part in range(_LONGEST_SUM, 0, -1) if size % part == 0)
@@ -186,10 +191,10 @@ def _parts(size: Any) -> int:
 
 
 def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """The mean over some axes, which stay with size 1; see `total`.
+    """Returns the mean over some axes, which stay with size 1; see `total`.
 
     Args:
-        x: float32 or float64, of any shape.
+        x: float32 or float64 tensor of any shape.
         axes: counted from the front, in order.
     """
     if not compiles_for_cpu():
@@ -199,13 +204,12 @@ def mean(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
 
 
 def largest(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
-    """The maximum over some axes, which stay with size 1.
+    """Returns the maximum over some axes, which stay with size 1.
 
-    XLA takes it on a CPU one element after the other as well; the maxima of eight parts of the last axis it takes
-    side by side.
+    On a CPU, XLA compares one element after the other. Split in eight, the last axis takes an eighth of the steps.
 
     Args:
-        x: of any shape.
+        x: tensor of any shape.
         axes: counted from the front.
     """
     if compiles_for_cpu() and axes == (x.shape.rank - 1,):
@@ -216,17 +220,17 @@ def largest(x: tf.Tensor, axes: tuple[int, ...] | None) -> tf.Tensor:
 
 
 def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
-    """`tf.cast`, from float32 to bfloat16 in whole numbers where XLA compiles for a CPU.
+    """Returns `tf.cast(x, dtype)`, by integer operations from float32 to bfloat16 where XLA compiles for a CPU.
 
-    It has an instruction for that, but LLVM then finds no loop over the transcendental functions before it that fits
-    the vector registers, and gelu and its gradient take longer.
+    The CPU has an instruction for this cast. But with it LLVM does not vectorize the loop over the transcendental
+    functions before, and gelu and its gradient take longer.
 
     Args:
-        x: of any shape and float dtype.
-        dtype: the dtype to round to; to the nearest, and of two to the even one.
+        x: tensor of any shape and floating-point dtype.
+        dtype: the dtype to round to, to the nearest number and of two to the even one.
 
     Returns:
-        Tensor of the shape of `x`, of that dtype.
+        Tensor of the shape of `x` and that dtype.
 
     Example:
         >>> import tensorflow as tf
@@ -239,54 +243,53 @@ def rounded(x: tf.Tensor, dtype: "tf.DType | str") -> tf.Tensor:
 
 
 @custom_gradient
-def _rounded_to_bfloat16(x: tf.Tensor) -> Any:
+def _rounded_to_bfloat16(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
     half, one, places = (np.uint32(number) for number in (0x7FFF, 1, 16))
     bits = tf.bitcast(x, tf.uint32)
     last = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, places), one)
-    # A NaN of all ones would become -0.
+    # A NaN whose bits are all ones would become -0.
     bits = tf.where(tf.math.is_nan(x), np.uint32(0x7FC00000), bits + half + last)
     y = tf.bitcast(tf.cast(tf.bitwise.right_shift(bits, places), tf.uint16), tf.bfloat16)
     return y, lambda upstream: tf.cast(upstream, tf.float32)
 
 
 def held(whole: bool, *tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The same tensors as what the backward pass gets of the forward pass.
+    """Returns the tensors that the backward pass keeps of the forward pass, as XLA must store them.
 
-    XLA, where it compiles both, finds that a rounding to 16 bits undoes a cast to float32, or that both passes compute
-    the same, and keeps the float32 tensor from one to the other. A barrier around each tensor, not around all together,
-    keeps it from that, and from keeping what no one uses.
+    Where XLA compiles both passes, it removes a cast to float32 after a rounding to half precision. It also shares what
+    both passes compute. Then it keeps a float32 tensor from one pass to the other. A barrier around each tensor
+    prevents that. One barrier around all of them would keep tensors that nobody uses.
 
     Args:
-        whole: whether XLA compiles both passes: `execution.in_xla_context` in the forward pass, as the backward
-            pass of a compiled function does not know.
-        tensors: what is kept.
+        whole: whether XLA compiles both passes: `Execution.in_xla` of the forward pass. The backward pass of a compiled
+            function cannot tell.
+        tensors: tensors of the forward pass.
     """
     return tuple(execution.optimization_barrier(tensor) for tensor in tensors) if whole else tensors
 
 
 def not_before(upstream: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """A tensor of the forward pass, for a backward pass that makes larger ones of it.
+    """Returns a tensor of the forward pass to a backward pass that makes larger tensors of it.
 
-    TensorFlow runs an op as soon as what it gets is there: casts and slices of nothing but the forward pass's tensors
-    run in the forward pass, and all of them wait in memory for the backward pass. It also takes two equal casts for
-    one.
+    TensorFlow runs an op as soon as its inputs exist. So casts and slices of tensors of the forward pass run in the
+    forward pass, and their results wait in memory for the backward pass. It also merges two equal casts.
 
     Args:
         upstream: a gradient that the backward pass gets.
-        x: of any shape and dtype.
+        x: tensor of any shape and dtype.
 
     Returns:
-        `x`, once `upstream` is there.
+        `x`, once `upstream` is computed.
     """
     with tf.control_dependencies([upstream]):
         return tf.identity(x)
 
 
-def _as_rounded(whole: bool, gradient: Any) -> Any:
-    """A gradient, `held` where it is in 16 bits.
+def _as_rounded(whole: bool, gradient: tf.Tensor | None) -> tf.Tensor | None:
+    """Returns a gradient, `held` where it is 16-bit.
 
-    Summed up in float32 by what comes next, as that of a bias is, it would otherwise stay in float32 for all who take
-    it: XLA leaves out a rounding to 16 bits that a cast to float32 follows.
+    XLA leaves out a rounding to half precision that a cast to float32 follows, as in the sum of a bias's gradient. The
+    gradient would stay in float32 for everyone who takes it.
     """
     return held(whole, gradient)[0] if gradient is not None and gradient.dtype.size == 2 else gradient
 
@@ -300,21 +303,21 @@ def operation(
 ) -> Callable[..., Any]:
     """Makes one operation of a function and its gradient, that keeps its inputs or its output and nothing else.
 
-    What the backward pass gets from the forward pass is `held`, and so are the 16-bit gradients that it answers.
+    The tensors that it keeps for the backward pass are `held`, and so are 16-bit gradients.
 
     Args:
-        forward: from tensors by position, and hashable settings by name, to a tensor or several.
-        backward: from the same tensors, followed by the gradients to what `forward` answers, and the same settings, to
-            a gradient for each tensor (None for integers).
-        keeps_output: whether to keep what `forward` answers, one tensor, instead: `backward` gets that and its
+        forward: function of tensors by position and hashable settings by name. Returns a tensor or several.
+        backward: function of the same tensors, then the gradients to the outputs, and the same settings. Returns a
+            gradient for each tensor, None for integers.
+        keeps_output: whether to keep the output, one tensor, and not the inputs. `backward` gets the output and its
             gradient.
-        keeps_statistics: whether to keep the inputs and all but the first of what `forward` answers: small tensors that
-            spare the backward pass a reduction. `backward` gets the inputs, these, and the gradient to the first.
-            Nothing may depend on their own gradients, which are zero.
-        compiles_forward: whether XLA may compile `forward`, too; not where TensorFlow's own kernel is faster.
+        keeps_statistics: whether to keep the inputs and all outputs but the first: small tensors that spare the
+            backward pass a reduction. `backward` gets the inputs, these, and the gradient to the first output. Their
+            own gradients are taken for zero.
+        compiles_forward: whether XLA may compile `forward` as well. False where TensorFlow's kernel is faster.
 
     Returns:
-        A function with the arguments of `forward`, compiled by XLA where `pays` says so.
+        A function with the arguments of `forward` and an optional `where`, see `pays`. XLA compiles it where that pays.
 
     Example:
         >>> import tensorflow as tf
@@ -328,14 +331,16 @@ def operation(
     """
     forward_of, backward_of = fusible(forward), fusible(backward)
 
-    def run(*inputs: tf.Tensor, **settings: Any) -> Any:
-        fused, whole = pays(*inputs), execution.in_xla_context()
+    def run(*inputs: tf.Tensor, where: execution.Execution | None = None, **settings: Any) -> Any:
+        where = where or execution.current()
+        # The backward pass is traced elsewhere and cannot ask.
+        fused, whole = pays(*inputs, where=where), where.in_xla
 
         @custom_gradient
         def with_gradient(*inputs: tf.Tensor) -> Any:
             outputs = forward_of(fused and compiles_forward)(*inputs, **settings)
             if keeps_output:
-                (outputs,) = held(whole and execution.recording(), outputs)
+                (outputs,) = held(whole and where.training, outputs)
             kept = (outputs,) if keeps_output else (*inputs, *outputs[1:]) if keeps_statistics else inputs
 
             def gradient(*upstream: tf.Tensor) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import keras_variables
+from keras_mp._compat import keras_optimizers, keras_variables
 
 __all__ = ["float32_slots", "in_float32", "is_narrow", "replaced_update_steps"]
 
@@ -26,25 +26,17 @@ def is_narrow(variable: Any) -> bool:
     return bool(dtype.is_floating and dtype.size == 2)
 
 
-@contextlib.contextmanager
-def float32_slots() -> Iterator[None]:
-    """Inside, Keras's optimizers make slots of 16 bits in float32.
+def float32_slots() -> contextlib.AbstractContextManager[None]:
+    """Inside, Keras's optimizers make the slots of half-precision variables in float32.
 
-    Averages of the weights stay in the dtype of the weights, which they replace.
+    Averages of the weights keep the dtype of the weights, which they replace.
     """
-    add_variable = keras.optimizers.Optimizer.add_variable
 
-    def add(self: Any, shape: Any, initializer: Any = "zeros", dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        narrow = dtype is not None and keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
-        if narrow and not str(kwargs.get("name")).endswith("_average"):
-            dtype = "float32"
-        return add_variable(self, shape, initializer, dtype, *args, **kwargs)
+    def dtype_of(dtype: str, name: str | None) -> str:
+        narrow = dtype in ("float16", "bfloat16") and not str(name).endswith("_average")
+        return "float32" if narrow else dtype
 
-    keras.optimizers.Optimizer.add_variable = add
-    try:
-        yield
-    finally:
-        del keras.optimizers.Optimizer.add_variable  # which it inherits
+    return keras_optimizers.adding_variables_in(dtype_of)
 
 
 @contextlib.contextmanager

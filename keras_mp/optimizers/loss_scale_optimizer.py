@@ -9,8 +9,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, graph_errors, keras_files, keras_hooks, keras_variables
-from keras_mp.distribution import strategies
+from keras_mp._compat import (
+    execution,
+    graph_errors,
+    keras_files,
+    keras_hooks,
+    keras_optimizers,
+    keras_variables,
+    patches,
+)
+from keras_mp.distribution import replicas
 from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
 from keras_mp.optimizers import half_variables, provenance
 from keras_mp.optimizers.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
@@ -169,6 +177,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        patches.install_on_first_use()
         for argument, default in _INNER_ARGUMENTS.items():
             value = kwargs.pop(argument, default)
             if value != default:
@@ -299,7 +308,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             if isinstance(value, keras.Variable) and id(value) not in known
         ]
         for variable in strays:
-            self._track_variable(variable)
+            keras_optimizers.track(self, variable)
         self._added_variables = [*self._own_state.values(), *strays]
 
     def scale_loss(self, loss: Any) -> tf.Tensor:
@@ -416,7 +425,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if tf.distribute.has_strategy():
             grads, loss_finite = self._over_replicas(grads, variables, loss_finite, unscaled=any(done))
             scale = tf.ones([])
-        strategies.on_each_device(
+        replicas.on_each_device(
             lambda grads, loss_finite, scale: self._step(grads, variables, loss_finite, scale),
             (grads, loss_finite, scale),
             variables=[v for v in [*variables, *self.variables] if isinstance(v, keras.Variable)],
@@ -443,7 +452,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         variables = list(variables)
         if not self.built:
-            strategies.once_for_all_replicas(lambda: self.build(variables), variables)
+            replicas.once_for_all_replicas(lambda: self.build(variables), variables)
         with tf.GradientTape() as tape:
             unscaled = tf.convert_to_tensor(loss())
             scaled = self.scale_loss(unscaled)
@@ -531,8 +540,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not self.built:
             return 0, 0
         skipped = int(self._state().skipped_steps)
-        # Keras has no public name for all steps where it accumulates gradients.
-        return skipped, skipped + int(keras.ops.convert_to_numpy(self.inner_optimizer._iterations))
+        applied = keras_optimizers.update_count(self.inner_optimizer)
+        return skipped, skipped + int(keras.ops.convert_to_numpy(applied))
 
     def _begin_training(self) -> None:
         self._steps_at_begin = self._counts()
@@ -572,14 +581,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Without `trainable_variables` the optimizer must be built first: "
                 "optimizer.build(model.trainable_variables)"
             )
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        variables = list(keras_optimizers.trained_by(self) if trainable_variables is None else trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"Received {len(grads)} gradients for {len(variables)} variables; expected one for each, with None "
                 "where there is none: optimizer.apply(tape.gradient(loss, variables), variables)"
             )
         if not self.built:
-            strategies.once_for_all_replicas(lambda: self.build(variables), variables)
+            replicas.once_for_all_replicas(lambda: self.build(variables), variables)
         return variables
 
     def _over_replicas(
@@ -600,13 +609,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return _as_dtype(unscale(gradient, _reciprocal_if(unscaled, scale)), self.reduce_dtype)
 
         given = [None if g is None or over else prepared(g) for g, over in zip(grads, replaced, strict=True)]
-        *sums, bad_losses = strategies.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
+        *sums, bad_losses = replicas.sum_over_replicas([*given, tf.where(loss_finite, 0.0, 1.0)])
         if self.reduce_dtype != "float32":
             sums = [None if s is None else unscale(s, scale if scaled else tf.ones([])) for s in sums]
         for index, (gradient, over) in enumerate(zip(grads, replaced, strict=True)):
             if over and gradient is not None:
                 # The history of largest values, and a scale that grows with them: the global batch has their maximum.
-                sums[index] = strategies.maximum_over_replicas(gradient)
+                sums[index] = replicas.maximum_over_replicas(gradient)
         return sums, bad_losses == 0
 
     def _step(
@@ -686,7 +695,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Warns after so many steps of a loop that has no epochs, where most were skipped."""
         if self._told_of_skips or self._steps_at_begin is not None or execution.in_xla_context():
             return
-        steps = state.skipped_steps + tf.cast(self.inner_optimizer._iterations.value, tf.int64)
+        steps = state.skipped_steps + tf.cast(keras_optimizers.update_count(self.inner_optimizer).value, tf.int64)
         told = (steps == _STEPS_TO_JUDGE_BY) & (2 * state.skipped_steps > steps)
 
         def warn(skipped: Any, steps: Any) -> None:

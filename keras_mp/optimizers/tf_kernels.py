@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import keras_variables
+from keras_mp._compat import keras_optimizers, keras_variables
 from keras_mp.optimizers import half_variables
 
 __all__ = ["by_kernels", "dense", "has_kernel", "keeps_rows"]
@@ -122,15 +122,15 @@ def _adam(optimizer: Any, sum_repeated_ids: bool) -> _Kernel:
     def update(
         gradient: "tf.Tensor | tf.IndexedSlices", variable: tf.Variable, learning_rate: tf.Tensor
     ) -> "tf.Operation | None":
-        # Keras has no public names for the moments.
-        place, number = optimizer._get_variable_index(variable), gradient.dtype.as_numpy_dtype
+        number = gradient.dtype.as_numpy_dtype
+        momentum = keras_optimizers.slot_of(optimizer, "momentums", variable)
         beta_1_power, beta_2_power = powers[gradient.dtype.name]
-        velocity = keras_variables.tensorflow_variable(optimizer._velocities[place])
+        velocity = keras_variables.tensorflow_variable(keras_optimizers.slot_of(optimizer, "velocities", variable))
         if isinstance(gradient, tf.IndexedSlices):
             gradient = dense(_add_squares(gradient, velocity, float(number(optimizer.beta_2))))
         return tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=keras_variables.tensorflow_variable(optimizer._momentums[place]).handle,
+            m=keras_variables.tensorflow_variable(momentum).handle,
             v=velocity.handle,
             beta1_power=beta_1_power,
             beta2_power=beta_2_power,
@@ -174,7 +174,7 @@ def _descent(optimizer: Any, sum_repeated_ids: bool) -> _Kernel:
         return tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=keras_variables.tensorflow_variable(
-                optimizer.momentums[optimizer._get_variable_index(variable)]
+                keras_optimizers.slot_of(optimizer, "momentums", variable)
             ).handle,
             lr=learning_rate,
             grad=gradient,

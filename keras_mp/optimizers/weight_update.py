@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, keras_variables
+from keras_mp._compat import execution, keras_optimizers, keras_variables
 from keras_mp.errors import ArgumentError
 from keras_mp.optimizers import half_variables, tf_kernels
 from keras_mp.optimizers.loss_scale import global_norm, sum_of_squares
@@ -133,13 +133,14 @@ class WeightUpdate:
             return
         # Python values are constants in the compiled program, and variables are those of one device.
         optimizer = self._optimizer
+        learning_rate = keras_optimizers.learning_rate_source(optimizer)
         key = (
             *(id(keras_variables.tensorflow_variable(v)) for v in variables),
             *(optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue, optimizer.weight_decay),
-            id(optimizer._learning_rate),
+            id(learning_rate),
         )
         if key not in self._compiled:
-            self._learning_rates.append(optimizer._learning_rate)  # one that is gone would leave its id to another
+            self._learning_rates.append(learning_rate)  # one that is gone would leave its id to another
             self._compiled[key] = tf.function(
                 lambda grads, scale, norm: self._apply(grads, variables, scale, norm),
                 jit_compile=True,
@@ -265,7 +266,7 @@ class WeightUpdate:
         if any(isinstance(g, tf.IndexedSlices) for g in grads):
             return "there are sparse gradients, and XLA would compile anew for every number of rows"
         if self.jit_compile == "auto":
-            parts = [*self.optimizers, self._optimizer._learning_rate]
+            parts = [*self.optimizers, keras_optimizers.learning_rate_source(self._optimizer)]
             parts += [v.constraint for v in variables if getattr(v, "constraint", None) is not None]
             foreign = [part for part in parts if not type(part).__module__.startswith(("keras.", "tensorflow."))]
             if foreign:
@@ -297,8 +298,7 @@ def _adagrad_rows(
     squares = tf.square(values)
     if not sum_repeated_ids:
         squares = tf.math.unsorted_segment_sum(tf.square(given), places, tf.size(rows))
-    # Keras has no public name for the sums of squares of a variable.
-    sums = optimizer._accumulators[optimizer._get_variable_index(variable)]
+    sums = keras_optimizers.slot_of(optimizer, "accumulators", variable)
     of_rows = tf.gather(keras_variables.tensorflow_variable(sums), rows) + squares
     optimizer.assign(sums, tf.IndexedSlices(of_rows, rows, gradient.dense_shape))
     steps = tf.cast(learning_rate, values.dtype) * values / tf.sqrt(of_rows + optimizer.epsilon)

@@ -1,1 +1,1 @@
-"""The dtype policy in force: named, mapped to layers, or chosen for the hardware."""
+"""Dtype policies: named, mapped to layers, or chosen for the hardware."""

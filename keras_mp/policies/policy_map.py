@@ -1,4 +1,4 @@
-"""`PolicyMap`: one dtype policy for most layers of a model, and others for those whose path matches a pattern."""
+"""`PolicyMap`: a dtype policy for most layers of a model, and others for layers whose paths match a pattern."""
 
 import difflib
 import re
@@ -7,28 +7,29 @@ from typing import Any
 
 import keras
 
-from keras_mp._compat import keras_layers
+from keras_mp._compat import keras_layers, patches
 from keras_mp.errors import PolicyError
 
-__all__ = ["PolicyMap"]
+__all__ = ["PolicyMap", "named_policy", "policies_in"]
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class PolicyMap(keras.dtype_policies.DTypePolicyMap):
     r"""A dtype policy for each layer, by regular expressions for the layers' paths.
 
-    The path of a layer is the names of what it lies in, from the model down, and its own, joined by "/":
-    "classifier/encoder/block_3/query". A pattern stands for every layer whose path, or any end of it that begins at a
-    name, it matches as a whole: "query" and "block_\d+/query" match that layer, "block_3/.*" matches all layers inside
-    that block. What is said of a layer holds for the layers inside it as well, unless a pattern matches one of those:
-    the nearest match from the layer outwards decides. Where patterns with different policies match one and the same
-    path, none is better than the other and the path is refused; a pattern that is the whole path itself comes first.
+    The path of a layer is the names from the model down to the layer, joined by "/":
+    "classifier/encoder/block_3/query". A pattern has to match a whole path, or a whole end of it that begins at a name.
+    So "query" and "block_\d+/query" match that layer, and "block_3/.*" matches all layers inside that block.
 
-    It is a `keras.dtype_policies.DTypePolicyMap` and goes wherever that goes: to `keras_mp.set_policy`, to
-    `keras_mp.convert` and to a layer's `dtype` argument. `convert` knows the whole path of every layer. Keras itself
-    knows those of the layers that a subclassed or Sequential model holds, and only the own names of the layers of a
-    Functional model, which are called before there is a model; and only from when a layer is built, so that a layer
-    casts its first symbolic input to the default policy.
+    A layer's policy holds for the layers inside it as well, unless a pattern matches one of those: the nearest match
+    from the layer outwards decides. If patterns with different policies match the same path, the path is refused. A
+    pattern that is the whole path itself comes first.
+
+    It is a `keras.dtype_policies.DTypePolicyMap`, so it can be passed to `keras_mp.set_policy`, to `keras_mp.convert`
+    and as a layer's `dtype`. `convert` knows the whole path of every layer. Keras knows the paths of layers that a
+    subclassed or Sequential model holds. Layers of a Functional model are called before there is a model, so Keras
+    knows only their own names. It looks a path up when the layer is built, so a layer casts its first symbolic input
+    to the default policy.
 
     Args:
         default_policy: the policy, or its name, of layers that no pattern matches. By default the global policy, as it
@@ -36,8 +37,8 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         policy_map: dictionary from patterns to policies or their names. It is copied.
 
     Raises:
-        PolicyError: for a pattern that is no regular expression, a policy that is none, or, when a path is looked up,
-            one that patterns with different policies match.
+        PolicyError: for an invalid regular expression or policy. Also when a path is looked up that patterns with
+            different policies match.
 
     Example:
 
@@ -47,7 +48,12 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
     ['mixed_float16', 'float32', 'mixed_bfloat16']
     """
 
-    def __init__(self, default_policy: Any = None, policy_map: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        default_policy: str | keras.DTypePolicy | None = None,
+        policy_map: Mapping[str, str | keras.DTypePolicy] | None = None,
+    ) -> None:
+        patches.install_on_first_use()
         if policy_map is not None and not isinstance(policy_map, Mapping):
             raise PolicyError(
                 f"`policy_map` must be a dictionary from patterns to policies, such as {{'.*/logits': 'float32'}}. "
@@ -68,7 +74,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
 
     @property
     def name(self) -> str:
-        """What Keras calls a map: "map_" and the name of the default policy."""
+        """The name that Keras gives to a map: "map_" and the name of the default policy."""
         return f"map_{self.default_policy.name}"
 
     def __getitem__(self, key: str) -> keras.DTypePolicy:
@@ -80,7 +86,7 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
                 return self._agreed(path, matches)
         return self.default_policy
 
-    def __setitem__(self, key: str, policy: Any) -> None:
+    def __setitem__(self, key: str, policy: str | keras.DTypePolicy) -> None:
         if not isinstance(key, str):
             raise PolicyError(
                 f"A pattern is a string, matched against the paths of layers. Received: {key!r} of type "
@@ -114,13 +120,13 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         return f'<PolicyMap "{self.default_policy.name}", {policies}>'
 
     def unmatched(self, model: "keras.Layer | Iterable[str]") -> dict[str, list[str]]:
-        """The patterns that match no layer, which are likely misspelt.
+        """Returns the patterns that match no layer. They are likely misspelt.
 
         Args:
             model: a built model or layer, or the paths of its layers.
 
         Returns:
-            Dictionary from each such pattern to the paths that come closest to it, at most three.
+            Dictionary from each such pattern to the three closest paths, or fewer.
 
         Example:
 
@@ -138,10 +144,10 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         }
 
     def names(self, path: str) -> bool:
-        """Whether a pattern decides for a path, and not the default.
+        """Whether a pattern decides for a path, rather than the default.
 
         Args:
-            path: that of a layer.
+            path: the path of a layer.
         """
         parts = path.split("/")
         return any(self._matching("/".join(parts[:depth])) for depth in range(1, len(parts) + 1))
@@ -155,22 +161,22 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "PolicyMap":
-        """Makes a map from what `get_config` returned.
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "PolicyMap":
+        """Makes a map from the result of `get_config`.
 
         Args:
             config: the configuration.
             custom_objects: dictionary from names to classes of policies that are not registered.
         """
 
-        def policy(value: Any) -> Any:
+        def policy(value: str | dict[str, Any]) -> str | keras.DTypePolicy:
             return keras.dtype_policies.deserialize(value, custom_objects) if isinstance(value, dict) else value
 
         policies = {pattern: policy(value) for pattern, value in config["policy_map"].items()}
         return cls(policy(config["default_policy"]), policies)
 
     def _matching(self, path: str) -> list[str]:
-        """The patterns for a path itself, whatever is said of what it lies in."""
+        """Returns the patterns for a path itself, not those for the layers around it."""
         if path in self._policy_map:
             return [path]
         parts = path.split("/")
@@ -188,7 +194,28 @@ class PolicyMap(keras.dtype_policies.DTypePolicyMap):
         return policy
 
 
-def _policy(policy: Any) -> keras.DTypePolicy:
+def policies_in(policy: keras.DTypePolicy) -> list[keras.DTypePolicy]:
+    """Returns every policy that a layer can get from this one: itself, or a map's default and entries."""
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return [policy.default_policy, *policy.values()]
+    return [policy]
+
+
+def named_policy(policy: keras.DTypePolicy, path: str) -> tuple[keras.DTypePolicy, bool]:
+    """Returns the policy of the layer at a path, and whether a pattern of a map names it.
+
+    Args:
+        policy: a policy, or a map of them.
+        path: the names from the model down to the layer, joined by "/".
+    """
+    if isinstance(policy, PolicyMap):
+        return policy[path], policy.names(path)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return policy[path], policy[path] != policy.default_policy
+    return policy, False
+
+
+def _policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     if not isinstance(policy, (str, keras.DTypePolicy)):
         raise PolicyError(
             f"Expected the name of a dtype policy or a keras.DTypePolicy, received {policy!r} of type "

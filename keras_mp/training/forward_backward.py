@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_mp._compat import execution, keras_layers, keras_losses, keras_models, keras_variables
-from keras_mp.distribution import strategies
+from keras_mp.distribution import replicas
 from keras_mp.layers import Embedding
 
 __all__ = ["ForwardBackward", "Pass"]
@@ -100,7 +100,7 @@ class ForwardBackward:
 
     def synchronized_layers(self) -> list[str]:
         """The names of the layers whose forward pass adds up over replicas."""
-        return [layer.name for layer in self._model._flatten_layers() if getattr(layer, "synchronized", False)]
+        return [layer.name for layer in keras_models.layers(self._model) if getattr(layer, "synchronized", False)]
 
     def _variables(self) -> list[keras.Variable]:
         # Metrics that layers or `compute_loss` update are state like any other.
@@ -108,7 +108,7 @@ class ForwardBackward:
 
     def _tables(self) -> set[int]:
         """The `id` of each variable of which rows are read, and which is not worth reading as a whole."""
-        layers = [layer for layer in self._model._flatten_layers() if isinstance(layer, Embedding)]
+        layers = [layer for layer in keras_models.layers(self._model) if isinstance(layer, Embedding)]
         return {id(variable) for layer in layers for variable in layer.variables}
 
     def _talks_to_other_replicas(self) -> bool:
@@ -134,7 +134,7 @@ class ForwardBackward:
         if self._wants_totals and not settings["only_outputs"]:
             x, y, sample_weight, values, seeds, _, share = arguments
             self._run(count, x, y, sample_weight, values, seeds, None, share, **settings)  # no scale, no gradients
-        return strategies.sum_over_replicas(counted)
+        return replicas.sum_over_replicas(counted)
 
     def _run_compiled(self, totals: list[tf.Tensor], *arguments: Any, **settings: Any) -> dict[str, Any]:
         given = iter(totals)
@@ -201,7 +201,7 @@ class ForwardBackward:
 
 
 def _total_over_replicas(value: tf.Tensor) -> tf.Tensor:
-    return strategies.sum_over_replicas([value])[0]
+    return replicas.sum_over_replicas([value])[0]
 
 
 class _TotalsWantedError(Exception):

@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 
 from keras_mp import hardware
-from keras_mp._compat import keras_hooks, keras_layers, keras_models, tf_replicas
-from keras_mp.distribution import strategies, workers
+from keras_mp._compat import keras_hooks, keras_layers, keras_models, patches, tf_replicas
+from keras_mp.distribution import replicas, strategies, workers
 from keras_mp.errors import (
     ArgumentError,
     CompilationError,
@@ -51,7 +51,7 @@ class Model(keras.Model):
 
     A model with replicas is made, and compiled, in the scope of its strategy; see `keras_mp.strategy`. A loss with
     `reduction="sum"` is the sum over all replicas. Losses of `add_loss`, and what a `compute_loss` of one's own
-    returns, count as means over the rows, and so do activity regularizers, which are sums in Keras 3.12 and count 1/N
+    returns, count as means over the rows, and so do activity regularizers, which count 1/N
     there with N replicas.
 
     A `train_step` of one's own that calls `super().train_step(data)` keeps all this. One that does its own forward and
@@ -92,6 +92,7 @@ class Model(keras.Model):
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        patches.install_on_first_use()
         if keras_models.is_functional(args, kwargs):
             if not isinstance(self, Functional):
                 _make_functional(type(self))
@@ -249,7 +250,7 @@ class Model(keras.Model):
         # The scale, whatever the optimizer's way to apply it; and it is told the loss, to blame it where it must.
         scale = optimizer.scale_loss(tf.ones([])) if variables else None
         done = self._run(x, y, sample_weight, training=True, scale=scale, share=share)
-        strategies.assign_from_replicas(done.state, share)
+        replicas.assign_from_replicas(done.state, share)
         if variables:
             optimizer.scale_loss(done.loss)
             self._apply(done.gradients, variables)
@@ -270,7 +271,7 @@ class Model(keras.Model):
         self._build_for(x, y, sample_weight)
         share, rows = self._share_of_batch(x)
         done = self._run(x, y, sample_weight, training=False, share=share)
-        strategies.assign_from_replicas(done.state, share)
+        replicas.assign_from_replicas(done.state, share)
         return self._metrics_of(done, x, y, sample_weight, rows)
 
     def predict_step(self, data: Any) -> Any:
@@ -379,12 +380,12 @@ class Model(keras.Model):
         return "LossScaleOptimizer, reduce_dtype='float32'" if wraps else "none"
 
     def _computes_in_float16(self) -> bool:
-        return any(layer.compute_dtype == "float16" for layer in self._flatten_layers())
+        return any(layer.compute_dtype == "float16" for layer in keras_models.layers(self))
 
     def _choose_jit_compile(self, asked: "bool | str", run_eagerly: bool) -> tuple[bool, str]:
         """Whether XLA compiles the passes, and why."""
         unable = [
-            f"{layer.name!r} ({type(layer).__name__})" for layer in self._flatten_layers() if not layer.supports_jit
+            f"{layer.name!r} ({type(layer).__name__})" for layer in keras_models.layers(self) if not layer.supports_jit
         ]
         if asked is False:
             return False, "jit_compile=False"
@@ -423,7 +424,7 @@ class Model(keras.Model):
         if isinstance(self.optimizer, LossScaleOptimizer) or not tf.distribute.has_strategy():
             self.optimizer.apply(gradients, variables)
         else:
-            strategies.apply_on_each_device(self.optimizer, gradients, variables)
+            replicas.apply_on_each_device(self.optimizer, gradients, variables)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Keras's, of predictions in float32: in 16 bits top-k metrics raise, and those of one's own round on."""
@@ -431,20 +432,22 @@ class Model(keras.Model):
 
     def _share_of_batch(self, x: Any) -> tuple["tf.Tensor | None", tf.Tensor]:
         first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
-        return strategies.share_of_batch(keras.ops.shape(first)[0])
+        return replicas.share_of_batch(keras.ops.shape(first)[0])
 
     def _metrics_of(self, done: Pass, x: Any, y: Any, sample_weight: Any, rows: tf.Tensor) -> dict[str, Any]:
         # The tracker's variables add up over replicas: to the loss of the whole batch, weighted by all its rows.
         replicas = self.distribute_strategy.num_replicas_in_sync
-        self._loss_tracker.update_state(done.loss * replicas, sample_weight=tf.cast(rows, tf.float32) / replicas)
+        keras_models.loss_tracker(self).update_state(
+            done.loss * replicas, sample_weight=tf.cast(rows, tf.float32) / replicas
+        )
         return self.compute_metrics(x, y, done.outputs, sample_weight=sample_weight)
 
     def _build_for(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Creates what training needs and does not exist yet, outside the graph that is being traced."""
-        unbuilt = [each for each in (self._compile_loss, self._compile_metrics) if each is not None and not each.built]
-        if (unbuilt and y is not None) or not all(layer.built for layer in self._flatten_layers()):
-            strategies.once_for_all_replicas(lambda: keras_models.build(self, (x, y, sample_weight)), [])
-        widen_penalties(self._flatten_layers())
+        unbuilt = [each for each in keras_models.loss_and_metrics(self) if not each.built]
+        if (unbuilt and y is not None) or not all(layer.built for layer in keras_models.layers(self)):
+            replicas.once_for_all_replicas(lambda: keras_models.build(self, (x, y, sample_weight)), [])
+        widen_penalties(keras_models.layers(self))
 
     def _aggregate_additional_loss(self, loss: Any) -> Any:
         # Keras adds float16 losses of layers to a float32 loss, which TensorFlow refuses.
@@ -556,8 +559,8 @@ class Model(keras.Model):
         # Operations are named by the scopes they were made in, and each layer opens one of its name, or with a number.
         parts = set(re.findall(r"[\w.-]+", " ".join(re.findall(r"\{\{node ([^}]*)\}\}", message))))
         parts |= {re.sub(r"_\d+$", "", part) for part in parts}
-        inner = [layer for layer in self._flatten_layers(include_self=False) if layer.name in parts]
-        leaves = [layer for layer in inner if not any(each in inner for each in layer._flatten_layers(False))]
+        inner = [layer for layer in keras_models.children(self) if layer.name in parts]
+        leaves = [layer for layer in inner if not any(each in inner for each in keras_models.children(layer))]
         named = [f"{layer.name!r} ({type(layer).__name__})" for layer in leaves]
         operations = ", ".join(sorted(set(re.findall(r"(\w+) \(No registered", message))))
         what = f"XLA cannot compile {_listed(named) if named else 'a part'} of {self.name!r}"

@@ -1,1 +1,1 @@
-"""The dtype policy and the compiler for one model on one machine, chosen by timing its training step."""
+"""Times a model's training step under policies and compilers, and recommends one."""

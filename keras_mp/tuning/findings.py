@@ -1,4 +1,4 @@
-"""Why 16 bits do or do not pay, in sentences made of figures: pure functions of what was measured and counted."""
+"""Turns measurements into sentences that say why half precision does or does not pay."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from keras_mp.hardware import Hardware
 from keras_mp.hardware.matmul_timing import ProductTimes
-from keras_mp.tuning.matmul_counts import Product, Work
+from keras_mp.tuning.matmul_counts import Matmul, Work
 from keras_mp.tuning.report import Candidate
 
 __all__ = [
@@ -16,34 +16,34 @@ __all__ = [
     "about_dimensions",
     "about_failed",
     "about_hardware",
+    "about_matmuls",
     "about_pipeline",
-    "about_products",
     "about_sampling",
     "about_share",
     "about_short_steps",
-    "about_small_products",
+    "about_small_matmuls",
     "about_untimed",
     "listed",
 ]
 
 
-# About what a product of three matrices' sides of 128 takes: below it, starting it and casting cost more than it.
+# Operations of a 128 x 128 matmul. Below it, the launch and the casts cost more than the matmul.
 _SMALL_FLOPS = 2.0 * 128**3
 
-# Tensor cores and the CPU's tiles work on blocks whose sides are multiples of it.
+# Tensor cores and a CPU's tiles work on blocks with sides of this multiple.
 _BLOCK = 8
 
-# From this share on, what a step waits for its data is worth to be mended first.
+# From this share of a step on, waiting for data is the first thing to fix.
 _WAITS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The weights of a layer that go into a product.
+    """The weights that a layer multiplies by.
 
     Attributes:
-        path: of the layer.
-        shape: of its kernel, inputs before outputs.
+        path: the layer's path.
+        shape: the kernel's shape, inputs before outputs.
     """
 
     path: str
@@ -52,12 +52,12 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What the user's dataset costs a step.
+    """Times of a step with and without the user's dataset.
 
     Attributes:
-        cached_ms: a step with one batch that is kept.
+        cached_ms: a step with one cached batch.
         fed_ms: a step with the dataset.
-        alone_ms: a batch of the dataset, without any step.
+        alone_ms: a batch of the dataset without a step.
     """
 
     cached_ms: float
@@ -65,11 +65,11 @@ class Pipeline:
     alone_ms: float
 
 
-def about_products(times: Sequence[ProductTimes]) -> list[str]:
-    """What a bare product takes by dtype, which is the most that 16 bits can gain.
+def about_matmuls(times: Sequence[ProductTimes]) -> list[str]:
+    """Says how long a bare matmul takes in each dtype: an upper limit of the gain.
 
     Args:
-        times: of each 16-bit dtype.
+        times: a measurement for each 16-bit dtype.
     """
     sentences = []
     for each in times:
@@ -79,7 +79,7 @@ def about_products(times: Sequence[ProductTimes]) -> list[str]:
 
 
 def about_hardware(here: Hardware) -> list[str]:
-    """What this hardware has, or lacks, that 16 bits need.
+    """Says whether this hardware is fast in half precision.
 
     Args:
         here: the devices that the model trains on.
@@ -94,58 +94,58 @@ def about_hardware(here: Hardware) -> list[str]:
 
 
 def about_share(work: Work, step_ms: float, times: Sequence[ProductTimes]) -> list[str]:
-    """How much of the step in float32 is not spent in products, and what 16 bits can gain at most for it.
+    """Says how much of a float32 step is not spent in matmuls, and what faster matmuls can gain.
 
     Args:
-        work: the products of a step.
+        work: the matmuls of a step.
         step_ms: time of a step in float32.
-        times: of each 16-bit dtype.
+        times: a measurement for each 16-bit dtype.
     """
     if not work.flops:
-        return ["The step has no matrix product and no convolution, of which alone 16 bits make a faster one."]
+        return ["The step has no matmul and no convolution. Half precision makes only these faster."]
     if not times:
         return []
     if not work.complete:
         left = listed([name for name in work.uncounted + work.loops if "gradient" not in name] or work.uncounted)
         return [
-            f"The step's products are {_operations(work.flops)} operations at least; which share of its time they "
-            f"take was not estimated, for the graph does not tell how much {left or 'a loop'} computes."
+            f"The step's matmuls are {_operations(work.flops)} operations at least. Their share of the step's time was "
+            f"not estimated: the graph does not tell how much {left or 'a loop'} computes."
         ]
     first = times[0]
     rate = 2.0 * first.size**3 / first.float32_ms  # operations in a millisecond
     share = min(1.0, work.flops / rate / step_ms)
     sentences = [
-        f"By estimate (a step's {_operations(work.flops)} operations in products, at the rate of the product above), "
-        f"{1 - share:.0%} of a float32 step's {step_ms:.2f} ms pass outside products, in casts, activations, "
-        "normalization, the optimizer and Python, which faster products do not shorten."
+        f"By estimate, {1 - share:.0%} of a float32 step's {step_ms:.2f} ms pass outside matmuls: in casts, "
+        "activations, normalization, the optimizer and Python. Faster matmuls do not shorten them. The estimate takes "
+        f"the step's {_operations(work.flops)} operations in matmuls at the rate of the matmul above."
     ]
     best = max(times, key=lambda each: each.ratio)
     if best.gains:
         most = 1 / (1 - share + share / best.ratio)
         sentences[0] += (
-            f" Faster {best.dtype} products alone make the step {most:.1f} times as fast; other layers, gradients and "
-            "updates, and less to move in memory, come on top of that, and are in what was timed."
+            f" Faster {best.dtype} matmuls alone make the step {most:.1f} times as fast. Savings of memory traffic in "
+            "other layers, gradients and updates add to that; the timed steps include them."
         )
     return sentences
 
 
-def about_small_products(work: Work, kernels: Sequence[Kernel], names: frozenset[str] = frozenset()) -> list[str]:
-    """Layers whose products are too small to gain from 16 bits.
+def about_small_matmuls(work: Work, kernels: Sequence[Kernel], names: frozenset[str] = frozenset()) -> list[str]:
+    """Names layers whose matmuls are too small to gain from half precision.
 
     Args:
-        work: the products of a step.
-        kernels: of the layers that multiply, by which they are named.
-        names: of all layers, by which other products are.
+        work: the matmuls of a step.
+        kernels: the layers' kernels, which give matmuls their layer.
+        names: the names of all layers, for matmuls without a kernel.
     """
-    forward = [product for product in work.products if product.is_forward]
-    small = [product for product in forward if product.flops < _SMALL_FLOPS]
+    forward = [matmul for matmul in work.matmuls if matmul.is_forward]
+    small = [matmul for matmul in forward if matmul.flops < _SMALL_FLOPS]
     if not small:
         return []
-    share = sum(product.flops for product in small) / sum(product.flops for product in forward)
+    share = sum(matmul.flops for matmul in small) / sum(matmul.flops for matmul in forward)
     if share < 0.5 and len(small) <= len(forward) / 2:
         return []
     return [
-        f"{len(small)} of {len(forward)} products of the forward pass are too small to gain from 16 bits, below "
+        f"{len(small)} of {len(forward)} matmuls of the forward pass are too small to gain from half precision, below "
         f"{_operations(_SMALL_FLOPS)} operations: {listed([_layer(each, kernels, names) for each in small])}. Larger "
         "batches make them larger: try batch_size four times as large."
     ]
@@ -154,13 +154,13 @@ def about_small_products(work: Work, kernels: Sequence[Kernel], names: frozenset
 def about_dimensions(
     kernels: Sequence[Kernel], rows: int, fast_dtypes: frozenset[str], given: frozenset[int] = frozenset()
 ) -> list[str]:
-    """Layers whose sizes do not fill the blocks that fast products work on.
+    """Names layers whose sizes do not fill the blocks of fast matmuls.
 
     Args:
-        kernels: of the layers that multiply.
-        rows: of a batch.
-        fast_dtypes: what the hardware is fast at. Where it is nothing, sizes do not matter.
-        given: sizes that the data have, as features and classes, which nobody is free to choose.
+        kernels: the layers' kernels.
+        rows: the rows of a batch.
+        fast_dtypes: dtypes that the hardware is fast at. If there are none, sizes do not matter.
+        given: sizes set by the data, such as features and classes.
     """
     if not fast_dtypes:
         return []
@@ -174,9 +174,9 @@ def about_dimensions(
         shown = [f"{kernel.path} ({' x '.join(map(str, kernel.shape))})" for kernel in uneven]
         size = uneven_sizes(uneven[0])[0]
         sentences.append(
-            f"Products are fastest where all sizes are multiples of {_BLOCK}; {len(uneven)} of {len(kernels)} kernels "
-            f"have others: {listed(shown)}. Where you are free to, round up: {-(-size // _BLOCK) * _BLOCK} units "
-            f"instead of {size}."
+            f"Matmuls are fastest if all sizes are multiples of {_BLOCK}; {len(uneven)} of {len(kernels)} kernels "
+            f"have others: {listed(shown)}. Round up where you can: {-(-size // _BLOCK) * _BLOCK} units instead of "
+            f"{size}."
         )
     if rows % _BLOCK:
         sentences.append(
@@ -186,25 +186,25 @@ def about_dimensions(
 
 
 def about_sampling(differ: float, runs: int) -> list[str]:
-    """How a model that samples was compared.
+    """Says how a model that samples was compared.
 
     Args:
-        differ: how far two runs in float32 are apart, as a share of what outputs vary by. 0 for one that does not.
-        runs: how many were averaged.
+        differ: the difference of two float32 runs, as a share of the outputs' spread. 0 if the model does not sample.
+        runs: the number of averaged runs.
     """
     if not differ:
         return []
     return [
-        f"The model samples when it is called: two runs in float32 on the same batch differ by {differ:.1e} of what "
-        f"outputs vary by. So outputs are means of {runs} runs, and agree within what such means differ by in float32."
+        f"The model samples when it is called: two float32 runs on the same batch differ by {differ:.1e} of the "
+        f"outputs' spread. So means of {runs} runs are compared, and agree as closely as such means do in float32."
     ]
 
 
 def about_pipeline(pipeline: Pipeline) -> list[str]:
-    """Whether a step waits for its data.
+    """Says whether a step waits for its data.
 
     Args:
-        pipeline: what was timed.
+        pipeline: the measured times.
     """
     waits = pipeline.fed_ms - pipeline.cached_ms
     figures = (
@@ -214,17 +214,17 @@ def about_pipeline(pipeline: Pipeline) -> list[str]:
     if waits < _WAITS * pipeline.fed_ms or pipeline.alone_ms < waits / 2:
         return [f"The input pipeline keeps up: {figures}."]
     return [
-        f"The input pipeline is the bottleneck: {figures}. So {waits / pipeline.fed_ms:.0%} of the time passes in "
-        "waiting for data, which no policy shortens. Type dataset.cache() after what is the same every epoch, "
+        f"The input pipeline is the bottleneck: {figures}. So {waits / pipeline.fed_ms:.0%} of the time is "
+        "spent waiting for data, which no policy shortens. Type dataset.cache() after the steps that do not change, "
         ".map(..., num_parallel_calls=tf.data.AUTOTUNE), and .prefetch(tf.data.AUTOTUNE) at the end."
     ]
 
 
 def about_short_steps(candidates: Sequence[Candidate]) -> list[str]:
-    """What several steps in one call gain, where steps are short.
+    """Says what several steps in one call gain if steps are short.
 
     Args:
-        candidates: what was tried.
+        candidates: all candidates.
     """
     several = [each for each in candidates if each.steps_per_execution > 1 and each.step_ms is not None]
     if not several:
@@ -242,45 +242,45 @@ def about_short_steps(candidates: Sequence[Candidate]) -> list[str]:
         return []
     return [
         f"Steps are short: {alone[0]:.2f} ms in {best.policy} one by one and {best.step_ms:.2f} ms with "
-        f"steps_per_execution={best.steps_per_execution}. What is between, Python takes between steps."
+        f"steps_per_execution={best.steps_per_execution}. The difference is Python's time between steps."
     ]
 
 
 def about_untimed(candidates: Sequence[Candidate], budget: float) -> list[str]:
-    """What was not timed for want of time, so that the answer is a partial one.
+    """Names the candidates that there was no time for.
 
     Args:
-        candidates: all there were.
-        budget: in seconds.
+        candidates: all candidates.
+        budget: the time limit in seconds.
     """
     untimed = [each for each in candidates if each.step_ms is None and each.why.startswith("not timed")]
     if not untimed:
         return []
     return [
         f"Not timed within {budget:g} seconds: {listed([each.in_words for each in untimed])}. Give a budget of "
-        f"{4 * budget:g} seconds to have them timed, or name the policies that you would use."
+        f"{4 * budget:g} seconds to time them, or name only the policies that you would use."
     ]
 
 
 def about_failed(candidates: Sequence[Candidate]) -> list[str]:
-    """Why some candidates could not be timed, which their table has no room for.
+    """Says why some candidates could not be timed. Their table has no room for it.
 
     Args:
-        candidates: all there were.
+        candidates: all candidates.
     """
     failed = [(each.in_words, each.why.partition(": ")) for each in candidates if each.why.startswith("failed")]
     return [f"{name} {what}: {why}" for name, (what, _, why) in failed]
 
 
-def _layer(product: Product, kernels: Sequence[Kernel], names: frozenset[str]) -> str:
-    """The path of the layer that a product belongs to, or else the scope of its name."""
-    scopes = [_without_number(scope, names) for scope in product.name.split("/")[:-1]]
-    # TensorFlow adds a number to a name that is taken, and a layer's own name may end in one.
+def _layer(matmul: Matmul, kernels: Sequence[Kernel], names: frozenset[str]) -> str:
+    """Returns the path of the layer that a matmul belongs to, or else its name's scope."""
+    scopes = [_without_number(scope, names) for scope in matmul.name.split("/")[:-1]]
+    # TensorFlow numbers a name that is taken, and a layer's name may end in a number.
     parts = {*scopes, *(re.sub(r"_\d+$", "", scope) for scope in scopes)}
     for kernel in kernels:
-        if math.prod(kernel.shape) == math.prod(product.factor) and kernel.path.split("/")[-1] in parts:
+        if math.prod(kernel.shape) == math.prod(matmul.factor) and kernel.path.split("/")[-1] in parts:
             return kernel.path
-    return "/".join(scopes) or product.name
+    return "/".join(scopes) or matmul.name
 
 
 def _operations(flops: float) -> str:
@@ -291,13 +291,13 @@ def _operations(flops: float) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first five of some names, each once, and how many more there are."""
+    """Returns the first five distinct names, and how many more there are."""
     names = list(dict.fromkeys(names))
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def _without_number(scope: str, names: frozenset[str]) -> str:
-    """The layer's own name, where TensorFlow or the copy of the model has added a number to it."""
+    """Returns the layer's name without the number that TensorFlow or the copy added."""
     bare = re.sub(r"_\d+$", "", scope)
     return bare if scope not in names and bare in names else scope

@@ -1,4 +1,8 @@
-"""The products that a traced step is made of, counted from its graph."""
+"""Counts the matmuls of a traced step from its graph.
+
+TensorFlow's profiler (`tf.compat.v1.profiler`) counts 0 for einsums and for matmuls in functions that the graph calls.
+This module counts these, and names what it cannot count.
+"""
 
 import collections
 import dataclasses
@@ -9,9 +13,9 @@ from typing import Any
 
 from keras_mp._compat import tf_graphs
 
-__all__ = ["Product", "Work", "count_products"]
+__all__ = ["Matmul", "Work", "count_matmuls"]
 
-# A call of a function in the graph, and the attributes that name it. Of branches the larger is counted.
+# Ops that call a function of the graph, and the attributes that name it. The larger branch is counted.
 _CALLS = {"PartitionedCall": ("f",), "StatefulPartitionedCall": ("f",)}
 _BRANCHES = {
     "If": ("then_branch", "else_branch"),
@@ -23,14 +27,14 @@ _LOOPS = ("While", "StatelessWhile")
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """A matrix product or convolution in a step.
+class Matmul:
+    """A matmul or a convolution in a step.
 
     Attributes:
-        name: of the op in the graph, which begins with the names of model and layer in the forward pass.
-        kind: its type.
+        name: the op's name. In the forward pass it begins with the names of the model and the layer.
+        kind: the op's type.
         flops: multiplications and additions, two for each pair of factors.
-        factor: the shape of the second factor, in the forward pass of most layers their kernel.
+        factor: the shape of the second factor. In the forward pass it is usually a layer's kernel.
     """
 
     name: str
@@ -46,38 +50,38 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """All of a step's products.
+    """All of a step's matmuls.
 
     Attributes:
-        products: those whose shapes the graph tells.
-        uncounted: names of those whose shapes it does not tell.
-        loops: names of loops, whose products are counted once, however often they run.
+        matmuls: the matmuls with static shapes.
+        uncounted: names of the other matmuls.
+        loops: names of loops. Their matmuls are counted once.
     """
 
-    products: tuple[Product, ...]
+    matmuls: tuple[Matmul, ...]
     uncounted: tuple[str, ...] = ()
     loops: tuple[str, ...] = ()
 
     @property
     def flops(self) -> float:
-        """The sum of all that are counted."""
-        return math.fsum(product.flops for product in self.products)
+        """The sum over the counted matmuls."""
+        return math.fsum(matmul.flops for matmul in self.matmuls)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left out of the sum."""
+        """Whether the sum covers all matmuls."""
         return not self.uncounted and not self.loops
 
 
-def count_products(graph: Any) -> Work:
-    """Counts the matrix products and convolutions of a graph, those in the functions that it calls included.
+def count_matmuls(graph: Any) -> Work:
+    """Counts the matmuls and convolutions of a graph, also in the functions that it calls.
 
     Args:
         graph: a `tf.Graph` with static shapes.
 
     Example:
     >>> step = tf.function(lambda x: x @ x).get_concrete_function(tf.TensorSpec((4, 4)))
-    >>> count_products(step.graph).flops
+    >>> count_matmuls(step.graph).flops
     128.0
     """
     definition = graph.as_graph_def(add_shapes=True)
@@ -86,7 +90,7 @@ def count_products(graph: Any) -> Work:
 
 
 class _Scope:
-    """The nodes of a graph or function, and the shapes of what they are given."""
+    """The nodes of a graph or a function, and the shapes of their inputs."""
 
     def __init__(self, nodes: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         self.nodes = nodes
@@ -124,7 +128,7 @@ def _shape(proto: Any) -> tuple[int, ...] | None:
 
 
 def _count(scope: _Scope, functions: Mapping[str, Any]) -> Work:
-    products: list[Product] = []
+    matmuls: list[Matmul] = []
     uncounted: list[str] = []
     loops: list[str] = []
     for node in scope.nodes:
@@ -134,18 +138,18 @@ def _count(scope: _Scope, functions: Mapping[str, Any]) -> Work:
             if flops is None:
                 uncounted.append(node.name)
             else:
-                products.append(Product(node.name, node.op, flops, inputs[1] or ()))
+                matmuls.append(Matmul(node.name, node.op, flops, inputs[1] or ()))
             continue
         works = [_count(_Scope.of(functions[name]), functions) for name in _called(node) if name in functions]
         if not works:
             continue
         work = max(works, key=lambda each: each.flops) if node.op in _BRANCHES else _sum(works)
-        products += work.products
+        matmuls += work.matmuls
         uncounted += work.uncounted
         loops += work.loops
-        if node.op in _LOOPS and (work.products or work.uncounted):
+        if node.op in _LOOPS and (work.matmuls or work.uncounted):
             loops.append(node.name)
-    return Work(tuple(products), tuple(uncounted), tuple(loops))
+    return Work(tuple(matmuls), tuple(uncounted), tuple(loops))
 
 
 def _sum(works: Sequence[Work]) -> Work:

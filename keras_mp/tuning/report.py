@@ -1,43 +1,51 @@
-"""What was timed, which of it to use, and how that is told: plain data and pure functions of it."""
+"""The results of a search as plain data, the choice among them, and their report."""
 
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Candidate", "Tuning", "recommend", "why_recommended"]
+from keras_mp.errors import KerasMPError
 
-# What a candidate has to be faster by, as a share of its step, for anybody to change a program for it.
+__all__ = ["Candidate", "Tuning", "error_in_words", "recommend", "why_recommended"]
+
+# A smaller gain, as a share of a step, is not worth a change of the program.
 _WORTHWHILE = 0.05
 
-# Two medians are told apart where they differ by more than this many standard errors.
+# Two medians differ if they are more than this many standard errors apart.
 _SIGMAS = 2.0
+
+# Keras and TensorFlow put such lines around the message of an error.
+_AROUND = re.compile(
+    r"Exception encountered|Arguments received|Graph execution error|Detected at node|File |\[\[\{\{|<stack traces"
+)
 
 _ORDER = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to train a model, and what came of trying it.
+    """One way to train a model, and its measurements.
 
     Attributes:
         policy: the dtype policy, as `keras_mp.convert` takes it.
         jit_compile: whether XLA compiles the step.
-        steps_per_execution: how many steps run in one call.
-        current: whether this is the model as it is and was compiled.
-        converted: whether it is a conversion by `keras_mp.convert`, not the model with its own layers.
-        step_ms: median time of one step with a cached batch, in milliseconds, compilation not included. None where it
-            was not timed.
-        ratio: step time over that in float32, so that 0.5 is twice as fast: the median of those of all rounds.
-        noise: standard error of that median, as a share of it.
-        error: largest error of an output against float32 on the same weights, as a share of what the output varies by
-            over the batch; see `tune`.
-        agrees: whether that is within the tolerance of the dtype; None where it is not known.
-        why: in words, why it failed or was not timed to the end. Empty where it was.
+        steps_per_execution: the number of steps in one call.
+        current: whether this is the model as it was compiled.
+        converted: whether `keras_mp.convert` made it.
+        step_ms: median time of one step with a cached batch, in milliseconds, without compilation. None if it was
+            not timed.
+        ratio: its step time divided by float32's, so 0.5 is twice as fast. The median over all rounds.
+        noise: standard error of `ratio`, as a share of it.
+        error: largest error of an output against float32 on the same weights, as a share of the output's spread over
+            the batch; see `tune`.
+        agrees: whether `error` is within the tolerance of the dtype; None if unknown.
+        why: why it failed or was not timed to the end. Empty if it was.
     """
 
     policy: str
@@ -54,22 +62,22 @@ class Candidate:
 
     @property
     def in_words(self) -> str:
-        """What to type, for sentences."""
+        """The policy and arguments to type, as part of a sentence."""
         several = f", steps_per_execution={self.steps_per_execution}" if self.steps_per_execution != 1 else ""
         return f"{self.policy} with jit_compile={self.jit_compile}{several}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What `tune` found; printed, it is a table with the reasons below it.
+    """The result of `tune`. It prints as a table with the reasons below it.
 
     Attributes:
         policy: the dtype policy to use, as `keras_mp.convert` takes it.
-        jit_compile: what to give `compile`.
-        steps_per_execution: what to give `compile`.
-        reason: why, and what to type.
-        candidates: a `Candidate` for everything that was considered.
-        findings: sentences: why 16 bits do or do not pay here, and what else was seen.
+        jit_compile: the argument of `compile`.
+        steps_per_execution: the argument of `compile`.
+        reason: why it is recommended, and what to type.
+        candidates: a `Candidate` for each configuration.
+        findings: sentences that say why half precision does or does not pay here, and other observations.
     """
 
     policy: str
@@ -80,10 +88,10 @@ class Tuning:
     findings: list[str]
 
     def table(self) -> Table:
-        """The candidates as a table of `rich`, the recommended one marked."""
+        """Returns the candidates as a table of `rich`, with a mark on the recommended one."""
         caption = (
             "XLA: jit_compile; steps: steps_per_execution; "
-            "over float32: the median over all rounds of a step's time over that in float32 of the same round"
+            "over float32: the median over all rounds of a step's time divided by float32's in the same round"
         )
         table = Table("", box=box.SIMPLE, caption=caption)
         for header in ("policy", "XLA", "steps", "ms/step", "over\nfloat32", "error"):
@@ -120,18 +128,17 @@ class Tuning:
 
 
 def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The candidate to use: the fastest whose outputs agree, unless a simpler one is as fast within noise.
+    """Returns the fastest candidate whose outputs agree, or a simpler one that is as fast within noise.
 
-    Faster counts only by more than a twentieth, and by more than twice the standard error of the two medians. The
-    model as it is stays where nothing is faster in this sense. Otherwise, among those that are faster than it and that
-    nothing is faster than, float32 comes before bfloat16 and that before float16; no XLA before XLA; and fewer steps in
-    one call.
+    A candidate is faster only by more than 5% and by more than twice the standard error of the two medians. If none is
+    faster than the model as it is, the model stays. Among the fastest, float32 comes before bfloat16 and bfloat16
+    before float16. Then no XLA comes before XLA, and fewer steps in one call before more.
 
     Args:
-        candidates: what was tried.
+        candidates: all candidates.
 
     Returns:
-        One of them, or None where none was timed that agrees with float32.
+        One of them, or None if no timed candidate agrees with float32.
 
     Example:
     >>> slow = Candidate("float32", False, current=True, step_ms=10.0, ratio=1.0, agrees=True)
@@ -152,11 +159,11 @@ def recommend(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def why_recommended(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
-    """In words why a candidate is recommended, and what to type.
+    """Says why a candidate is recommended, and what to type.
 
     Args:
-        chosen: what `recommend` answered with.
-        candidates: all there were.
+        chosen: the candidate that `recommend` returned.
+        candidates: all candidates.
     """
     timed = [each for each in candidates if each.ratio is not None and each.agrees and each is not chosen]
     fastest = min(timed, key=_ratio, default=None)
@@ -178,18 +185,32 @@ def why_recommended(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         gain = _ratio(float32) / _ratio(chosen)
         beside += f", {gain:.2f} times as fast as the fastest in float32, {_figures(float32)}"
     if chosen.error:
-        beside += f"; outputs differ from float32 by {chosen.error:.1e} of what they vary by"
+        beside += f"; outputs differ from float32 by {chosen.error:.1e} of their spread"
     took = f"A step takes {chosen.step_ms:.2f} ms in {chosen.in_words}{beside}."
     if not chosen.converted:
         return (
             f"{took} Type model.compile(..., jit_compile={chosen.jit_compile}, "
             f"steps_per_execution={chosen.steps_per_execution})."
         )
-    # A conversion is compiled, with an optimizer of its own.
+    # `convert` returns a compiled model with its own optimizer.
     return (
         f'{took} Type model = keras_mp.convert(model, "{chosen.policy}"), model.jit_compile = {chosen.jit_compile} and '
         f"model.steps_per_execution = {chosen.steps_per_execution}."
     )
+
+
+def error_in_words(error: Exception) -> str:
+    """Returns the message of an error in one line, without the lines that Keras puts around it.
+
+    Args:
+        error: any exception.
+    """
+    text = re.sub(r"\x1b\[\d*m|\{\{function_node [^}]*\}\} ", "", str(error))
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not _AROUND.match(line)]
+    words = lines[0] if lines else ""
+    words = words if len(words) <= 300 else f"{words[:300]}..."
+    return words if isinstance(error, KerasMPError) else f"{type(error).__name__}: {words}"
 
 
 def _is_faster(one: Candidate, other: Candidate) -> bool:

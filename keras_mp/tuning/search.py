@@ -1,71 +1,62 @@
-"""`tune`: tries what there is to choose from on copies of a model, within a time, and recommends."""
+"""`tune` times copies of a model under several policies and compilers, and recommends one."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import random
-import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_mp import hardware
 from keras_mp._compat import keras_layers, keras_models, runtime, tf_replicas
 from keras_mp.conversion.convert import convert, duplicate
-from keras_mp.errors import ArgumentError, ConversionError, KerasMPError, KerasMPWarning
-from keras_mp.policies.policy import advice, compute_dtypes
-from keras_mp.tuning import arguments, findings
-from keras_mp.tuning.matmul_counts import Work, count_products
-from keras_mp.tuning.report import Candidate, Tuning, recommend, why_recommended
+from keras_mp.errors import ArgumentError, ConversionError, KerasMPWarning
+from keras_mp.policies.advice import advice
+from keras_mp.policies.policy import compute_dtypes
+from keras_mp.tuning import explanation, findings, inputs, pipeline_timing
+from keras_mp.tuning.isolation import nothing_else_changed
+from keras_mp.tuning.matmul_counts import Work
+from keras_mp.tuning.report import Candidate, Tuning, error_in_words, recommend, why_recommended
 from keras_mp.tuning.timing import Copy, Step, largest_error, mean_of_runs, paired_ratio, take_turns
 
 __all__ = ["tune"]
 
-# The largest error of an output, as a share of what it varies by, that rounding to a dtype explains; in float32 XLA
-# adds up in another order than TensorFlow.
+# The largest error that rounding to a dtype explains, as a share of an output's spread. In float32, XLA adds in
+# another order than TensorFlow.
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
 _TOLERANCE_FLOAT32 = 1e-3
 
-# Runs whose mean is compared where a model samples, and how many times as far as two such means in float32 are apart
-# another may be.
+# A model that samples is judged by means over this many runs. Two float32 means differ; a candidate may differ by this
+# factor more.
 _SAMPLED_RUNS = 8
 _SAMPLED_FACTOR = 2.0
 
-# Where a step is shorter, what is between two of them is a part of it that several steps in one call save.
+# Between shorter steps, Python takes a large share of the time. Several steps in one call save it.
 _SHORT_STEP_MS = 20.0
 _STEPS = 16
 
-# How many times longer XLA compiles than TensorFlow traces, until it is seen.
+# XLA compiles about this many times longer than TensorFlow traces; replaced by the first measurement.
 _XLA_COMPILES = 4.0
 
-# What else is compiled may take longer than what was seen: 16 bits add casts.
+# Half precision adds casts, so other candidates may compile longer than the first.
 _SLOWER_THAN_SEEN = 1.5
 
-# Rounds to find out what is clearly slower, and those that are compared; fewer than that are no measurement.
+# Rounds that find clearly slower candidates, rounds that compare the others, and the fewest that count.
 _FIRST_ROUNDS = 4
 _ROUNDS = 15
 _ROUNDS_TO_COMPARE = 3
 _CLEARLY_SLOWER = 1.5
 
-# The share of the budget that is kept for timing the input pipeline, and the most that it gets.
+# The largest share of the budget for timing the input pipeline.
 _FOR_PIPELINE = 0.15
 
-# The share that is kept for letting go of copies and functions, which takes seconds where XLA compiled many.
+# The share for releasing copies and functions, which takes seconds after XLA compiled many.
 _FOR_RELEASE = 0.1
-_PIPELINE_SECONDS = 5.0
-_PIPELINE_BATCHES = 20
-
-# Lines that Keras and TensorFlow put around what an error says.
-_AROUND = re.compile(
-    r"Exception encountered|Arguments received|Graph execution error|Detected at node|File |\[\[\{\{|<stack traces"
-)
 
 
 def tune(
@@ -79,34 +70,34 @@ def tune(
 ) -> Tuning:
     """Finds the dtype policy and the compiler that train a model fastest here, by timing its training step.
 
-    Each candidate is a copy of the model by `keras_mp.convert`, trained on one batch; the model itself stays as it is,
-    and so do the global policy and the random numbers of Python and NumPy. Candidates take turns, so that what slows
-    the machine slows all of them, and compilation is not counted. Their outputs have to agree with those of float32 on
-    the same weights: to 1e-3 of what an output varies by over the batch (its standard deviation, of each feature) in
-    float32, which XLA adds up in another order, 1e-2 in float16, 5e-2 in bfloat16. Outputs that do not vary are judged
-    by their level. Of a model that samples when it is called, as a variational autoencoder does, the means of several
-    runs are compared, as far as two such means agree in float32. One is recommended over the model as it is only if it
-    is faster by more than 5% and the noise.
+    Each candidate is a copy of the model by `keras_mp.convert` and trains on one batch. The model, the global policy
+    and the random states of Python and NumPy stay as they are. Candidates take turns, so a slow moment of the machine
+    slows all of them. Compilation is not counted.
+
+    Each candidate's outputs must agree with float32 on the same weights. The tolerance is a share of an output's
+    standard deviation over the batch: 1e-3 in float32 (XLA adds in another order), 1e-2 in float16 and 5e-2 in
+    bfloat16. Constant outputs are judged by their level. A model that samples, such as a variational autoencoder, is
+    judged by means over several runs. A candidate must be faster than the model as it is by more than 5% and the noise.
 
     Args:
-        model: a compiled Keras model under any policy. One that is not built is built, as a copy, from the batch.
-        batch: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them, of the size of one batch, arrays or tensors in
-            any structure; or a `tf.data.Dataset` of batches. Of a dataset the first batch is timed, and then the
-            whole, to see whether steps wait for it.
-        policies: the policies to try. None for float32, mixed_bfloat16 and mixed_float16. float32 is always timed.
-        jit_compile: what of it to try. None for both.
-        steps_per_execution: what of it to try. None for 1, and for 16 with the fastest, if a step is below 20 ms.
-        budget: seconds to take. Nothing is begun that would not be done by then, as far as that can be foreseen, and
-            what is left out is named; a compilation that has begun is not interrupted, and may take longer.
+        model: a compiled Keras model under any policy. If it is not built, a copy is built from the batch.
+        batch: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them: one batch of arrays or tensors in any
+            structure. Or a `tf.data.Dataset` of batches: its first batch is timed, then the whole dataset, to see
+            whether steps wait for it.
+        policies: the policies to try. Default: float32, mixed_bfloat16 and mixed_float16. float32 is always timed.
+        jit_compile: the values to try. Default: both.
+        steps_per_execution: the values to try. Default: 1, and 16 with the fastest if its step is below 20 ms.
+        budget: time limit in seconds. A candidate that is not expected to finish in time is skipped and named. A
+            compilation that has begun is not interrupted, so it may take longer.
 
     Returns:
         A `Tuning`: `.policy`, `.jit_compile`, `.steps_per_execution`, `.reason`, `.candidates` with all figures, and
-        `.findings`, sentences that say why 16 bits do or do not pay here. Printed, it is a table.
+        `.findings`, sentences that say why half precision does or does not pay here. It prints as a table.
 
     Raises:
-        ArgumentError: for a model that is not compiled, runs eagerly or cannot be trained on the batch, a dataset
-            without a batch, a batch of another structure, and other arguments that cannot be.
-        PolicyError: for a policy that does not exist.
+        ArgumentError: for a model that is not compiled, runs eagerly or cannot be trained on the batch; an empty
+            dataset; a batch of another structure; and other invalid arguments.
+        PolicyError: for an unknown policy.
         DistributionError: for a model made in the scope of a strategy with several replicas.
         ConversionError: for a model that cannot be copied.
 
@@ -121,12 +112,12 @@ def tune(
     ('float32', False)
     """
     begun = time.perf_counter()
-    arguments.require_trainable(model, budget)
-    compilers = arguments.choices("jit_compile", jit_compile, bool) or [False, True]
-    steps = arguments.choices("steps_per_execution", steps_per_execution, int)
-    with _all_left_as_it_was():
-        wanted = arguments.policies(policies)
-        return _Search(model, arguments.Data(batch), wanted, compilers, steps, budget, begun + budget).run()
+    inputs.require_trainable(model, budget)
+    compilers = inputs.choices("jit_compile", jit_compile, bool) or [False, True]
+    steps = inputs.choices("steps_per_execution", steps_per_execution, int)
+    with nothing_else_changed():
+        wanted = inputs.policies(policies)
+        return _Search(model, inputs.Data(batch), wanted, compilers, steps, budget, begun + budget).run()
 
 
 class _Search:
@@ -135,7 +126,7 @@ class _Search:
     def __init__(
         self,
         model: keras.Model,
-        data: arguments.Data,
+        data: inputs.Data,
         policies: dict[str, keras.DTypePolicy],
         compilers: list[bool],
         steps: list[int],
@@ -147,19 +138,19 @@ class _Search:
         self.end = (
             end
             - _FOR_RELEASE * budget
-            - (0.0 if data.dataset is None else min(_PIPELINE_SECONDS, _FOR_PIPELINE * budget))
+            - (0.0 if data.dataset is None else min(pipeline_timing.SECONDS, _FOR_PIPELINE * budget))
         )
         self.here = hardware.detect_for(tf_replicas.strategy_of(model))
         device = self.here.accelerators[0].kind.upper() if self.here.accelerators else "CPU"
-        self.products = [hardware.measure(dtype, device) for dtype in ("bfloat16", "float16")]
+        self.matmul_times = [hardware.measure(dtype, device) for dtype in ("bfloat16", "float16")]
         self.remapper = runtime.remapper_enabled()
         self.candidates: list[Candidate] = []
         self.running: dict[int, Step] = {}  # by the place of its candidate
         self.tried: set[tuple[Copy, bool, int]] = set()
         self.errors: dict[tuple[int, bool], float] = {}
         self.findings: list[str] = []
-        self.runs = 1  # of which outputs are the mean; several where the model samples
-        self.starting_seconds = {False: 0.0, True: 0.0}  # the longest that was seen; 0 where none was
+        self.runs = 1  # outputs are means over them; several if the model samples
+        self.starting_seconds = {False: 0.0, True: 0.0}  # the longest so far
 
     def run(self) -> Tuning:
         self.own = self._copy_as_it_is()
@@ -178,7 +169,7 @@ class _Search:
         chosen = recommend(self.candidates)
         if chosen is None:  # float32 agrees with itself
             raise self._not_finite("outputs")
-        self._explain(work)
+        self.findings = self._explained(work)
         return Tuning(
             chosen.policy,
             chosen.jit_compile,
@@ -206,9 +197,10 @@ class _Search:
             self.copies[name] = self.own
         else:
             self._convert(name, keras.DTypePolicy(name))
-        self.reference = self.copies[name]
-        if self.reference is None:
+        reference = self.copies[name]
+        if reference is None:
             raise ArgumentError(f"tune(): {self.candidates[-1].why}")
+        self.reference = reference
         try:
             runs = self.reference.outputs(self.data.x, False, 2)
             self._require_finite(runs)
@@ -234,7 +226,7 @@ class _Search:
             raise self._not_finite("loss")
 
     def _require_finite(self, runs: Sequence[Sequence[np.ndarray]]) -> None:
-        # An infinity may be meant, as in logits that are masked.
+        # An infinity may be intended, as in masked logits.
         outputs = [output for run in runs for output in run if output.size]
         if any(np.isnan(output).any() or not np.isfinite(output).any() for output in outputs):
             raise self._not_finite("outputs")
@@ -248,8 +240,8 @@ class _Search:
 
     def _untrainable(self, error: Exception) -> ArgumentError:
         return ArgumentError(
-            f"tune(): {self.model.name!r} cannot be trained on this batch. {_in_words(error).rstrip('.')}. "
-            f"Received a batch of {arguments.described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one "
+            f"tune(): {self.model.name!r} cannot be trained on this batch. {error_in_words(error).rstrip('.')}. "
+            f"Received a batch of {inputs.described(self.data.first)}. Give (x, y) or (x, y, sample_weight) of one "
             "batch, as fit takes it."
         )
 
@@ -262,7 +254,7 @@ class _Search:
                 keras_models.build(converted, self.data.first)
             except Exception as error:
                 self.copies[name] = None
-                self.candidates.append(Candidate(name, min(self.compilers), why=f"failed: {_in_words(error)}"))
+                self.candidates.append(Candidate(name, min(self.compilers), why=f"failed: {error_in_words(error)}"))
                 return
         known = advice(policy, hardware.in_use(), call="convert(model, {})")
         self.findings += [
@@ -276,12 +268,12 @@ class _Search:
             self.copies[name] = Copy(converted, name, False, self._remapper_for(converted))
 
     def _remapper_for(self, model: keras.Model) -> bool:
-        # As `set_policy` does; what is timed beside it keeps the fusion.
+        # As `set_policy` does. Other candidates keep the fusion.
         return self.remapper and hardware.fusion_is_safe(compute_dtypes(model), self.here)
 
     def _try(self, name: str, copy: Copy | None, jit_compile: bool, steps: int) -> None:
         if (copy is None and name in self.copies) or (copy is not None and (copy, jit_compile, steps) in self.tried):
-            return  # it could not be converted, which is told, or has had its turn
+            return  # its conversion failed and was reported, or it was tried before
         if not self._is_time_for(name, jit_compile, steps, self.copying_seconds if copy is None else 0.0):
             left_out = self._candidate(name, copy, jit_compile, steps)
             self.candidates.append(dataclasses.replace(left_out, why="not timed: it would not be done in time"))
@@ -308,16 +300,16 @@ class _Search:
                 self.errors[key] = largest_error(outputs, self.expected)
             tolerance = max(_TOLERANCE.get(each, _TOLERANCE_FLOAT32) for each in compute_dtypes(copy.model))
             if self.runs > 1:
-                # What is drawn may be infinite here and there, which is no measure for others.
+                # A drawn output may be infinite, which says nothing about others.
                 tolerance += _SAMPLED_FACTOR * min(self.error_of_float32, 1.0)
-            # What all are compared with agrees with itself, whatever it draws.
+            # The reference agrees with itself even if it samples.
             agrees = self.errors[key] <= tolerance or (copy is self.reference and not jit_compile)
             candidate = dataclasses.replace(candidate, error=self.errors[key], agrees=agrees)
             step = Step(copy, self.data.cached, jit_compile, steps)
         except Exception as error:
             if required:
                 raise
-            self.candidates.append(dataclasses.replace(candidate, why=f"failed: {_in_words(error)}"))
+            self.candidates.append(dataclasses.replace(candidate, why=f"failed: {error_in_words(error)}"))
             return
         finally:
             seconds = time.perf_counter() - start
@@ -326,10 +318,10 @@ class _Search:
         self.candidates.append(candidate)
 
     def _is_time_for(self, name: str, jit_compile: bool, steps: int, copying: float) -> bool:
-        """Whether a candidate can be compiled, timed and compared before the end, as far as can be foreseen."""
+        """Estimates whether a candidate can be compiled, timed and compared before the end."""
         base = self.starting_seconds[False] or self.starting_seconds[True] / _XLA_COMPILES
         starting = (self.starting_seconds[True] or base * _XLA_COMPILES) if jit_compile else base
-        slower = max([1.0, *(1 / each.ratio for each in self.products if each.dtype in name)])
+        slower = max([1.0, *(1 / each.ratio for each in self.matmul_times if each.dtype in name)])
         turns = sum(step.turn_seconds for step in self.running.values())
         needed = (
             copying + _SLOWER_THAN_SEEN * starting + self.running[0].first_ms * slower * steps * 6 / 1000 + 3 * turns
@@ -337,9 +329,9 @@ class _Search:
         return time.perf_counter() + needed < self.end
 
     def _promise(self, entry: tuple[str, bool, int]) -> tuple[bool, bool, float, int]:
-        """Sorts what to try: dtypes whose products gain nothing last, and XLA, which compiles for long, late."""
+        """Returns a sort key: dtypes without a gain in matmuls come last, and XLA, which compiles long, comes late."""
         name, jit_compile, steps = entry
-        gain = next((each.ratio for each in self.products if each.dtype in name), math.inf)
+        gain = next((each.ratio for each in self.matmul_times if each.dtype in name), math.inf)
         return gain < 1, jit_compile, -gain, steps
 
     def _take_turns(self, rounds: int) -> None:
@@ -368,7 +360,7 @@ class _Search:
             if place == 0:
                 raise self._untrainable(error) from error
             self.candidates[place] = dataclasses.replace(
-                self.candidates[place], why=f"failed after some steps on this batch: {_in_words(error)}"
+                self.candidates[place], why=f"failed after some steps on this batch: {error_in_words(error)}"
             )
             del self.running[place]
 
@@ -383,117 +375,46 @@ class _Search:
                 del self.running[place]
 
     def _try_several_steps(self) -> None:
-        agreeing = [each for each in self.candidates if each.agrees and each.ratio is not None]
+        # A candidate that was dropped may still have the shortest step, by noise.
+        left = [self.candidates[place] for place in sorted(self.running)]
+        agreeing = [each for each in left if each.agrees and each.ratio is not None]
         best = recommend(agreeing)
         if self.steps or best is None:
             return
         fastest = min(agreeing, key=lambda each: each.step_ms or 0.0)
-        # Several steps help float32 as well, with which the others are compared.
+        # Several steps in one call help float32 as well.
         for each in dict.fromkeys((best, fastest, self.candidates[0])):
             if each.step_ms is not None and each.step_ms < _SHORT_STEP_MS and each.steps_per_execution == 1:
                 self._try(each.policy, self.running[self.candidates.index(each)].copy, each.jit_compile, _STEPS)
 
     def _work(self) -> Work | None:
-        if self.reference is None or time.perf_counter() + 2 * self.starting_seconds[False] > self.end:
+        if time.perf_counter() + 2 * self.starting_seconds[False] > self.end:
             return None
-        try:
-            specs = keras.tree.map_structure(
-                lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), self.data.first
-            )
-            step = tf.autograph.experimental.do_not_convert(self.reference.model.train_step)
-            return count_products(tf.function(step).get_concrete_function(specs).graph)
-        except Exception:  # a step of the user's own, that only runs as Keras calls it; it is not described then
-            return None
+        return explanation.matmuls_of_step(self.reference.model, self.data.first)
 
-    def _explain(self, work: Work | None) -> None:
-        layers = keras_layers.layers_by_path(self.own.model)
-        names = frozenset(part for path in layers for part in path.split("/")) | {self.model.name}
-        kernels = [
-            findings.Kernel(path, _as_matrix(layer, tuple(getattr(layer, name).shape)))
-            for path, layer in layers.items()
-            for name in ("kernel", "recurrent_kernel")
-            if len(getattr(getattr(layer, name, None), "shape", ())) > 1
+    def _explained(self, work: Work | None) -> list[str]:
+        told = [
+            *self.findings,
+            *findings.about_hardware(self.here),
+            *findings.about_matmuls(self.matmul_times),
+            *explanation.about_model(self.own.model, work, self.candidates[0].step_ms, self.matmul_times),
+            *explanation.about_sizes(self.own.model, self.data, self.expected, self.here.fast_dtypes),
+            *findings.about_short_steps(self.candidates),
+            *findings.about_failed(self.candidates),
+            *findings.about_untimed(self.candidates, self.budget),
         ]
-        self.findings += findings.about_hardware(self.here)
-        self.findings += findings.about_products(self.products)
-        if work is not None and self.candidates[0].step_ms is not None:
-            self.findings += findings.about_share(work, self.candidates[0].step_ms, self.products)
-            self.findings += findings.about_small_products(work, kernels, names)
-        arrays = [*keras.tree.flatten(self.data.x), *self.expected]
-        sizes = frozenset(array.shape[-1] for array in arrays if array is not None and len(array.shape) > 1)
-        self.findings += findings.about_dimensions(kernels, self.data.rows, self.here.fast_dtypes, sizes)
-        self.findings += findings.about_short_steps(self.candidates)
-        self.findings += findings.about_failed(self.candidates)
-        self.findings += findings.about_untimed(self.candidates, self.budget)
-        if self.data.dataset is not None:
-            try:
-                told = findings.about_pipeline(self._time_pipeline(self.data.dataset))
-            except Exception as error:  # of a later batch than the first, which the candidates were timed on
-                told = [f"The dataset was not timed, for it failed after its first batch: {_in_words(error)}"]
-            self.findings = told + self.findings
-
-    def _time_pipeline(self, dataset: tf.data.Dataset) -> findings.Pipeline:
-        """Times a step with the user's dataset, beside the same with the cached batch, and the dataset alone."""
+        if self.data.dataset is None:
+            return told
         single = [each for each in self.running.values() if each.steps_per_execution == 1]
         step = min(single, key=lambda each: each.step_ms)
-        # Without an end, so that a short dataset is enough; starting it over is a part of training too.
-        batches = iter(dataset.repeat())
-        start = time.perf_counter()
-        step.call(batches)  # fills what the dataset buffers
-        seconds = max(_PIPELINE_SECONDS - (time.perf_counter() - start), 0.0) / 2
-        fed = _some(lambda: step.call(batches), seconds)
-        cached = _some(step.call, seconds / 2)
-        alone = _some(lambda: _milliseconds(lambda: next(batches)), seconds)
-        # A mean, where there is a buffer: some batches come at once and others late.
-        return findings.Pipeline(statistics.median(cached), statistics.fmean(fed), statistics.fmean(alone))
-
-
-def _some(run: Callable[[], float], seconds: float) -> list[float]:
-    """What a function answers, called until the time is over or it was enough, and once at least."""
-    end = time.perf_counter() + seconds
-    answers = [run()]
-    while len(answers) < _PIPELINE_BATCHES and time.perf_counter() < end:
-        answers.append(run())
-    return answers
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1000
-
-
-@contextlib.contextmanager
-def _all_left_as_it_was() -> Iterator[None]:
-    policy, remapper = keras.config.dtype_policy(), runtime.remapper_enabled()
-    logger = tf.get_logger()  # which counts as retracing that there are several models
-    level = logger.level
-    logger.setLevel("ERROR")
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the copies; what there is to say is in the findings
-            yield
-    finally:
-        logger.setLevel(level)
-        keras.config.set_dtype_policy(policy)
-        runtime.set_remapper(remapper)
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _as_matrix(layer: keras.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a kernel, that of an einsum with what is summed over as one size and what is not as another."""
-    if not isinstance(layer, keras.layers.EinsumDense):
-        return shape
-    inputs, kernel = layer.equation.replace(" ", "").partition("->")[0].split(",")
-    summed = [size for label, size in zip(kernel, shape, strict=True) if label in inputs]
-    kept = [size for label, size in zip(kernel, shape, strict=True) if label not in inputs]
-    return math.prod(summed), math.prod(kept)
+        try:
+            return findings.about_pipeline(pipeline_timing.time_pipeline(step, self.data.dataset)) + told
+        except Exception as error:  # candidates were timed on the first batch only
+            return [f"The dataset was not timed: it failed after its first batch. {error_in_words(error)}", *told]
 
 
 def _policy_of(model: keras.Model) -> str:
-    """The policy that stands for those of a model's layers: the only one, or that of most of its narrow ones."""
+    """Returns the most common half-precision policy of a model's layers, or else their policy."""
     names = [layer.dtype_policy.name for layer in keras_layers.layers_by_path(model).values() if layer.weights]
     narrow = [name for name in names if "16" in name]
     return statistics.mode(narrow or names or ["float32"])
@@ -505,13 +426,3 @@ def _layers_of(model: keras.Model) -> list[tuple[str, type, str, Any]]:
         for path, layer in keras_layers.layers_by_path(model).items()
         if not keras_layers.inner_layers(layer)
     ]
-
-
-def _in_words(error: Exception) -> str:
-    """What an error says, without what Keras puts around it, in one line."""
-    text = re.sub(r"\x1b\[\d*m|\{\{function_node [^}]*\}\} ", "", str(error))
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not _AROUND.match(line)]
-    words = lines[0] if lines else ""
-    words = words if len(words) <= 300 else f"{words[:300]}..."
-    return words if isinstance(error, KerasMPError) else f"{type(error).__name__}: {words}"

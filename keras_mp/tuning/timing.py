@@ -1,4 +1,4 @@
-"""Copies of a model that are trained for the time it takes, in turns."""
+"""Times the training steps of copies of a model in turns, and compares their outputs."""
 
 import math
 import statistics
@@ -14,15 +14,15 @@ from keras_mp._compat import keras_layers, keras_models, runtime
 
 __all__ = ["Copy", "Step", "largest_error", "mean_of_runs", "paired_ratio", "take_turns"]
 
-# A turn of a short step is several calls, so that the clock and what Python does between calls count little.
+# A turn of a short step is several calls, so the clock and Python between calls count little.
 _TURN_SECONDS = 0.03
 _CALLS_AT_MOST = 20
 
-# What float32 rounds away of a level, after some operations: eight units in the last place.
+# The rounding error of float32 after some operations, relative to a level: eight units in the last place.
 _RESOLUTION = 8 * 2.0**-23
 
-# The least that a feature is taken to vary by, as a share of what the whole output does: what is next to nothing, as of
-# a unit that is never active, is rounded with what it is added up from.
+# The least spread of a feature, as a share of the whole output's spread. A unit that is never active has next to no
+# spread, but the rounding errors of its summands.
 _LEAST_SPREAD = 0.1
 
 
@@ -41,22 +41,22 @@ class Copy:
         self._first = [(variable, tf.identity(variable.value)) for variable in model.weights]
 
     def keep_optimizer(self) -> None:
-        """Has what the optimizer keeps, which is there once it is built, given back by `restore`, too."""
+        """Makes `restore` reset the optimizer's variables too. They exist once it is built."""
         known = {id(variable) for variable, _ in self._first}
         self._first += [(v, tf.identity(v.value)) for v in self.model.optimizer.variables if id(v) not in known]
 
     def restore(self) -> None:
-        """Gives weights and optimizer the values that they had before any step."""
+        """Resets the weights and the optimizer to their values before the first step."""
         for variable, value in self._first:
             variable.assign(value)
 
     def outputs(self, x: Any, jit_compile: bool, runs: int = 1) -> list[list[np.ndarray]]:
-        """The outputs for a batch on the weights that the model had at first, which the copy gets back for each run.
+        """Returns the outputs for a batch on the first weights, which are restored before each run.
 
         Args:
             x: a batch of inputs.
             jit_compile: whether XLA compiles the forward pass.
-            runs: how often it runs: a model that samples draws other numbers each time.
+            runs: the number of runs. A model that samples draws other numbers each time.
         """
         runtime.set_remapper(self.remapper)
 
@@ -68,7 +68,7 @@ class Copy:
         several = []
         for _ in range(runs):
             self.restore()
-            # NumPy has no bfloat16 that it can subtract in.
+            # NumPy cannot subtract in bfloat16.
             several.append([np.asarray(tf.cast(output, tf.float64)) for output in keras.tree.flatten(run(x))])
         return several
 
@@ -77,19 +77,19 @@ class Step:
     """The training step of a copy, compiled in one way, as `fit` calls it.
 
     Args:
-        copy: what it trains.
+        copy: the copy to train.
         batches: yields the same batch for ever. Steps can share it.
         jit_compile: whether XLA compiles it.
-        steps_per_execution: how many steps a call runs.
+        steps_per_execution: the number of steps in a call.
 
     Attributes:
         times: milliseconds of one step, a median for each turn.
-        first_ms: the same of a first call after compilation.
+        first_ms: milliseconds of a step in the first call after compilation.
         first_loss: the loss of the first step.
-        error: what a turn raised, after which there are no more.
+        error: the exception that a turn raised. No turn follows it.
 
     Raises:
-        Exception: whatever the step raises when it is traced, compiled and run for the first time.
+        Exception: any exception of the step's first trace, compilation and run.
     """
 
     def __init__(self, copy: Copy, batches: Iterator[Any], jit_compile: bool, steps_per_execution: int) -> None:
@@ -113,14 +113,14 @@ class Step:
         self._loss = math.nan
         self.call()
         self.first_loss = self._loss
-        self.call()  # grappler and the allocator are done after it
+        self.call()  # lets grappler and the allocator finish
         self.first_ms = self.call()
 
     def call(self, batches: Iterator[Any] | None = None) -> float:
-        """Milliseconds of one step, of one call.
+        """Makes one call and returns the milliseconds of one step.
 
         Args:
-            batches: an iterator over others than the one batch.
+            batches: an iterator over other batches than the cached one.
         """
         if runtime.remapper_enabled() != self.copy.remapper:
             runtime.set_remapper(self.copy.remapper)
@@ -132,11 +132,11 @@ class Step:
         return milliseconds
 
     def turn(self) -> None:
-        """Times one turn, from the first weights on where steps on the one batch have led away from what is finite."""
+        """Times one turn. If the loss is no longer finite, it starts again at the first weights."""
         if not math.isfinite(self._loss):
             self.copy.restore()
         if runtime.remapper_enabled() != self.copy.remapper:
-            self.call()  # the first call under another setting of grappler's takes longer
+            self.call()  # the first call after a change of grappler's settings takes longer
         self.times.append(statistics.median(self.call() for _ in range(self._calls)))
 
     @property
@@ -146,27 +146,27 @@ class Step:
 
     @property
     def turn_seconds(self) -> float:
-        """What a turn is going to take."""
+        """The expected seconds of a turn."""
         return self._calls * self.step_ms * self.steps_per_execution / 1000
 
     @property
     def step_ms(self) -> float:
-        """The median over all turns; before the first, what it took when it was made."""
+        """The median over all turns. Before the first turn, the time of the first call."""
         return statistics.median(self.times) if self.times else self.first_ms
 
 
 def paired_ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """The ratio of two times that were taken in the same rounds, and the standard error of it, as a share of it.
+    """Returns the ratio of two times that were taken in the same rounds, and its relative standard error.
 
-    What slows the machine for a while slows both in that round, and leaves their ratio.
+    A slow moment of the machine slows both times of a round, so their ratio stays.
 
     Args:
         times: one for each round.
-        others: the same of what they are compared with.
+        others: the times to compare with, one for each round.
 
     Returns:
-        The median of the rounds' ratios, and 1.25 times what the standard error of their mean would be if they were
-        normal; 1 where there are too few rounds to tell.
+        The median of the rounds' ratios, and its standard error as a share of it. The error of a median is 1.25 times
+        the error of a mean of normal values. It is 1 for fewer than three rounds.
 
     Example:
     >>> paired_ratio([1.0, 2.0, 1.0, 3.0], [2.0, 4.0, 2.0, 6.0])
@@ -186,12 +186,12 @@ def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) 
 
     Args:
         steps: each gets a turn in each round.
-        rounds: how many.
-        end: when to stop, as `time.perf_counter` tells it. A round that would not be done by then is not begun.
-        expected: seconds that the first round is going to take.
+        rounds: the number of rounds.
+        end: when to stop, by `time.perf_counter`. A round that would not finish by then is not begun.
+        expected: expected seconds of the first round.
 
     Returns:
-        How many rounds were done. A step whose turn raises keeps the error and gets no more.
+        The number of rounds done. A step whose turn raises keeps the error and gets no more turns.
     """
     took = expected
     for done in range(rounds):
@@ -209,11 +209,11 @@ def take_turns(steps: Sequence[Step], rounds: int, end: float, expected: float) 
 
 
 def largest_error(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
-    """The largest error of an output's feature, as a share of what it varies by, or infinite for what is not finite.
+    """Returns the largest error of an output's feature, as a share of its spread; infinite if it is not finite.
 
     Both are root mean squares: of the difference, and of the deviation from the mean over the batch. So 1000 +- 1 is
-    judged by the 1. What float32 itself cannot tell apart is no error. A feature that does not vary is judged by its
-    level, and no feature by less than a share of what the whole output varies by.
+    judged by the 1. Differences below float32's resolution are no errors. A constant feature is judged by its level,
+    and no feature by less than a share of the whole output's spread.
 
     Args:
         outputs: arrays with the batch first and features last.
@@ -234,19 +234,19 @@ def _error(output: np.ndarray, expected: np.ndarray) -> float:
         return math.inf
     if not known.any():
         return 0.0
-    # Rows x positions x features, of which masked are those that are meant to be infinite.
+    # Rows x positions x features. The mask hides intended infinities.
     shape = (*expected.shape, 1, 1)[:1] if expected.ndim < 2 else expected.shape
     expected = np.ma.masked_array(expected, ~known).reshape(shape[0], -1, shape[-1] if len(shape) > 1 else 1)
     difference = np.ma.abs(np.ma.masked_array(output, ~known).reshape(expected.shape) - expected)
     level = np.ma.abs(expected).max(axis=(0, 1)).filled(0.0)
     resolution = _RESOLUTION * level
     rows = expected.shape[0]
-    # One row varies over its entries alone.
+    # A single row varies only over its entries.
     variance = expected.var(axis=0).mean(axis=0).filled(0.0) if rows > 1 else np.full(level.shape, expected.var())
     spread = np.sqrt(variance)
     varies = spread > resolution
     whole = np.sqrt(np.mean(variance[varies])) if varies.any() else 0.0
-    # Of few rows the spread of one feature is known badly.
+    # Few rows tell the spread of one feature only roughly.
     floor = max(_LEAST_SPREAD, 1 / math.sqrt(rows)) * whole
     scale = np.maximum(np.where(varies, spread, level), floor)
     excess = np.ma.maximum(difference - resolution, 0.0)
@@ -255,10 +255,10 @@ def _error(output: np.ndarray, expected: np.ndarray) -> float:
 
 
 def mean_of_runs(runs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """The mean of each output over several runs of a model that samples.
+    """Returns the mean of each output over several runs of a model that samples.
 
     Args:
-        runs: the outputs of each.
+        runs: the outputs of each run.
 
     Example:
     >>> mean_of_runs([[np.array([1.0, 2.0])], [np.array([3.0, 2.0])]])

@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -12,14 +13,15 @@ import tensorflow as tf
 from typer.testing import CliRunner
 
 import keras_mp
-from keras_mp.cli import app
+from keras_mp.cli import doctor
+from keras_mp.cli.app import app
 from keras_mp.hardware import Device, measure, recommend
 from keras_mp.hardware.matmul_timing import ProductTimes
 
 
 def run(*arguments):
     # Wide enough that no table wraps a CPU's name.
-    return CliRunner().invoke(app.app, arguments, env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
 
 
 def kind():
@@ -29,7 +31,7 @@ def kind():
 
 def test_the_installed_command_is_this_one():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="keras-mp")
-    assert command.load() is app.app
+    assert command.load() is app
 
 
 def test_version():
@@ -91,7 +93,7 @@ def test_doctor_as_json_says_the_same():
     ],
 )
 def test_every_kind_of_device_has_its_row(device, words, capsys):
-    app._print_tables(recommend([device]), [ProductTimes("CPU", 768, "bfloat16", 3.0, 1.0)])
+    doctor._print_tables(recommend([device]), [ProductTimes("CPU", 768, "bfloat16", 3.0, 1.0)])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"│ {device.kind.upper()} ")]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [device.kind.upper(), device.name, words]
 
@@ -117,6 +119,17 @@ def trained(tmp_path_factory):
         "model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)\n"
         "model.save('net.keras')\n"
     )
+    (folder / "block.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Block(keras.layers.Layer):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.inner = keras.layers.Dense(3)\n"
+        "    def call(self, inputs):\n"
+        "        return self.inner(inputs)\n"
+    )
+    program += "import block\nx = keras.Input((3,))\nkeras.Model(x, block.Block()(x)).save('block.keras')\n"
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
     return folder
 
@@ -139,7 +152,8 @@ def test_convert_writes_the_model_under_the_policy(trained, monkeypatch):
     stock = keras.saving.load_model("net.keras")
     for weight, other in zip(mixed.trainable_variables, stock.trainable_variables, strict=True):
         np.testing.assert_array_equal(weight, other)
-    assert {entry.name for entry in trained.iterdir() if entry.suffix == ".keras"} == {"net.keras", "mixed.keras"}
+    made = {"net.keras", "block.keras", "mixed.keras"}
+    assert {entry.name for entry in trained.iterdir() if entry.suffix == ".keras"} == made
     assert not [entry for entry in trained.iterdir() if entry.name.startswith(".")]
 
 
@@ -181,23 +195,10 @@ def test_convert_says_what_is_missing(trained, monkeypatch, arguments, code, wor
     assert not (trained / "out.keras").exists()
 
 
-def test_convert_says_how_to_load_what_a_layer_of_ones_own_makes(tmp_path):
-    program = (
-        "import keras, sys\n"
-        "@keras.saving.register_keras_serializable('mine')\n"
-        "class Block(keras.layers.Layer):\n"
-        "    def __init__(self, **kwargs):\n"
-        "        super().__init__(**kwargs)\n"
-        "        self.inner = keras.layers.Dense(3)\n"
-        "    def call(self, inputs):\n"
-        "        return self.inner(inputs)\n"
-        "if __name__ == '__main__':\n"
-        "    x = keras.Input((3,))\n"
-        "    keras.Model(x, Block()(x)).save('net.keras')\n"
-    )
-    (tmp_path / "block.py").write_text(program)
-    subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, capture_output=True)
-    convert = ["convert", "net.keras", "out.keras", "--policy", "mixed_bfloat16", "--import", "block"]
+def test_convert_says_how_to_load_what_a_layer_of_ones_own_makes(trained, tmp_path):
+    for name in ("block.py", "block.keras"):
+        shutil.copy(trained / name, tmp_path)
+    convert = ["convert", "block.keras", "out.keras", "--policy", "mixed_bfloat16", "--import", "block"]
     told = subprocess.run(
         [sys.executable, "-m", "keras_mp", *convert], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
@@ -278,7 +279,7 @@ def test_export_prints_what_it_wrote(saved):
     folder, text = saved
     assert f"Wrote {folder / 'm' / '1'}, and ran it without Keras." in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert ["multiplies in", "float32"] in rows
+    assert ["matmuls in", "float32"] in rows
     assert ["weights", "bfloat16"] in rows
     assert ["trained under", "float32, mixed_bfloat16"] in rows
     assert ["x (input)", "float32", "any x 300", "", ""] in rows
@@ -290,8 +291,8 @@ def test_export_prints_what_it_wrote(saved):
 def test_verify_prints_and_says_the_same_as_json(saved):
     path = str(saved[0] / "m" / "1")
     text = run("verify", path).output
-    assert "Compared with what it answered when it was written." in text
-    assert "All 6 files are what was written (" in text or "All 5 files are what was written (" in text
+    assert "Compared with the outputs recorded at export." in text
+    assert "All 6 files are as written (" in text or "All 5 files are as written (" in text
     told = json.loads(run("verify", path, "--model", str(saved[0] / "m.keras"), "--json").output)
     assert told["outputs"]["y"]["dtype"] == "float32"
     assert 0 < told["outputs"]["y"]["relative_error"] < 5e-2

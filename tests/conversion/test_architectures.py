@@ -1,5 +1,6 @@
 """Architectures that others have built convert, compute the same, train under both mixed policies, and return."""
 
+import itertools
 import os
 
 os.environ.setdefault("KERAS_HUB_HOME", os.devnull)  # nothing is downloaded here
@@ -25,8 +26,8 @@ MIXED = ("mixed_bfloat16", "mixed_float16")
 TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 8e-3}
 
 APPLICATIONS = sorted(name for name, make in vars(keras.applications).items() if callable(make) and name[0].isupper())
-# One of each kind of layer, in half a minute each; `make test-all` converts all of them.
-SMALL = {"ConvNeXtTiny", "MobileNetV3Small", "ResNet50V2"}
+# One of each kind of layer beside those of the backbones below; `make test-all` converts all under both policies.
+SMALL = {"ConvNeXtTiny": "mixed_float16", "MobileNetV3Small": "mixed_bfloat16"}
 
 
 def application(name):
@@ -126,8 +127,8 @@ def allowed(make, policy, model, x, expected):
     return 4 * error(keras.tree.map_structure(lambda y: tf.cast(y, tf.float32), stock(x)), expected)
 
 
-def check(model, x, jit_compile, make):
-    """Converts under both policies, compares, trains a step, and converts back.
+def check(model, x, jit_compile, make, trained_under):
+    """Converts under both policies, compares, converts back, and trains a step under one of them.
 
     A step of float16 without XLA is taken eagerly: most of what a test takes is the tracing of steps, and in a graph
     it is the same. With XLA both are compiled.
@@ -147,6 +148,8 @@ def check(model, x, jit_compile, make):
             assert np.isnan(allowed(make, policy, model, x, expected))
             continue
         assert off <= TOLERANCE[policy] or off <= allowed(make, policy, model, x, expected)
+        if policy != trained_under:
+            continue
         if policy == "mixed_float16":
             # Over two images' few pixels, batch statistics make gradients so steep that float16 does not hold them.
             for layer in normalizations(mixed):
@@ -167,27 +170,39 @@ def check(model, x, jit_compile, make):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in APPLICATIONS]
+    ("name", "policy"),
+    [
+        pytest.param(name, policy, marks=() if SMALL.get(name) == policy else pytest.mark.slow)
+        for name in APPLICATIONS
+        for policy in MIXED
+    ],
 )
-def test_an_application_converts_trains_and_returns(name):
+def test_an_application_converts_trains_and_returns(name, policy):
     model, x = application(name)
-    check(awake(model, x), x, [False], lambda: application(name)[0])
+    check(awake(model, x), x, [False], lambda: application(name)[0], policy)
 
 
 # XLA takes a minute or more to compile the training step of one on a CPU; test_convert.py has smaller models.
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", MIXED)
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_an_application_trains_compiled_by_xla(name):
+def test_an_application_trains_compiled_by_xla(name, policy):
     model, x = application(name)
-    check(awake(model, x), x, [True], lambda: application(name)[0])
+    check(awake(model, x), x, [True], lambda: application(name)[0], policy)
 
 
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_converts_trains_and_returns(name, jit_compile):
+@pytest.mark.parametrize(
+    ("name", "policy", "jit_compile"),
+    [
+        pytest.param(*each, marks=() if each == (name, MIXED[number % 2], False) else pytest.mark.slow)
+        for number, name in enumerate(BACKBONES)
+        for each in itertools.product([name], MIXED, [False, True])
+    ],
+)
+def test_a_backbone_converts_trains_and_returns(name, policy, jit_compile):
     make, x = BACKBONES[name]
     model = awake(make(), x)
     with warnings.catch_warnings():
         # T5's attention hides with -1e9, which float16 does not hold; its own code is float32, and no layer is left so.
         warnings.filterwarnings("ignore", "Layer '\\w+' .of type T5MultiHeadAttention. was passed an input with a mask")
-        check(model, x, [jit_compile], make)
+        check(model, x, [jit_compile], make, policy)

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 
 import keras_mp
 from keras_mp.conversion.convert import duplicate
+from tests.helpers.conversions import normal
 from tests.helpers.state_of import differences
 
 layers = keras.layers
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 Pair = collections.namedtuple("Pair", "first second")
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
 
 
 class Counter:
@@ -340,141 +337,9 @@ def test_feature_spaces_stay_adapted(graph, policy):
     np.testing.assert_array_equal(keras_mp.convert(converted, "float32")(data), expected)
 
 
-def attention():
-    inputs = keras.Input((5, 4))
-    layer = layers.MultiHeadAttention(2, 4)
-    return (
-        keras.Model(inputs, layers.Dense(2)(layer(inputs, inputs))),
-        normal(2, 5, 4),
-        lambda m: [
-            m.layers[1].query_dense,
-            m.layers[1].value_dense,
-        ],
-    )
-
-
-def encoder():
-    keras_hub = pytest.importorskip("keras_hub")
-    inputs = keras.Input((5, 4))
-    layer = keras_hub.layers.TransformerEncoder(8, 2)
-    model = keras.Model(inputs, layers.Dense(2)(layer(inputs)))
-    return (
-        model,
-        normal(2, 5, 4),
-        lambda m: [
-            m.layers[1]._feedforward_intermediate_dense,
-            m.layers[1]._self_attention_layer.query_dense,
-        ],
-    )
-
-
-def simple():
-    x = inputs = keras.Input((5,), dtype="int32")
-    x = layers.Embedding(30, 4)(x)
-    x = layers.EinsumDense("abc,cd->abd", (None, 6), bias_axes="d")(x)
-    x = layers.TimeDistributed(layers.Dense(4))(x)
-    model = keras.Model(inputs, layers.Dense(2)(x))
-    return model, np.arange(10).reshape(2, 5), lambda m: [*m.layers[1:3], m.layers[3].layer, m.layers[4]]
-
-
-def images():
-    inputs = keras.Input((6, 6, 4))
-    model = keras.Model(inputs, layers.Dense(2)(layers.Conv2D(3, 3)(inputs)))
-    return model, normal(2, 6, 6, 4), lambda m: m.layers[1:3]
-
-
-def reversible():
-    class Tied(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.table = layers.ReversibleEmbedding(30, 4)
-            self.middle = layers.Dense(4)
-
-        def call(self, x):
-            return keras.ops.cast(self.table(self.middle(self.table(x)), reverse=True), "float32")
-
-    model, x = Tied(), np.arange(10).reshape(2, 5)
-    model(x)
-    return model, x, lambda m: [m.table, m.middle]
-
-
-STRUCTURED = {each.__name__: each for each in (attention, encoder, simple, images, reversible)}
-
-
 def close(found, expected, tolerance=0.05):  # some roundings to bfloat16
     found, expected = np.asarray(found, "float32"), np.asarray(expected, "float32")
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def enable_lora(chosen):
-    for layer in chosen:
-        layer.enable_lora(2, lora_alpha=3)
-        for weight in layer.trainable_weights:
-            weight.assign(weight + 0.1 * normal(*weight.shape))
-
-
-@pytest.mark.parametrize("name", STRUCTURED)
-def test_lora_comes_along_both_ways(name):
-    model, x, chosen = STRUCTURED[name]()
-    converted = keras_mp.convert(model, "mixed_bfloat16")
-    enable_lora(chosen(model))
-    for policy in POLICIES:
-        with_lora = keras_mp.convert(model, policy)
-        assert differences(model, with_lora, converted=policy != "float32") == []
-        close(with_lora(x), model(x), 0 if policy == "float32" else 0.05)
-        back = keras_mp.convert(with_lora, "float32")
-        assert differences(model, back) == []
-        np.testing.assert_array_equal(back(x), model(x))
-    enable_lora(chosen(converted))
-    back = keras_mp.convert(converted, "float32")
-    assert differences(converted, back, converted=True) == []
-    close(back(x), converted(x))
-    assert chosen(back)[0].lora_enabled
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have a `quantize:UserWarning")
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
-@pytest.mark.parametrize("name", STRUCTURED)
-def test_quantization_comes_along_both_ways(name, mode):
-    model, x, chosen = STRUCTURED[name]()
-    if mode not in getattr(chosen(model)[0], "variable_serialization_spec", {"int8"}):
-        pytest.skip("Keras does not quantize this layer so")
-    converted = keras_mp.convert(model, "mixed_bfloat16")
-    model.quantize(mode)
-    quantized = [layer.name for layer in model._flatten_layers() if getattr(layer, "_is_quantized", False)]
-    assert quantized
-    for policy in POLICIES[:2]:
-        copy = keras_mp.convert(model, policy)
-        assert differences(model, copy, converted=policy != "float32") == []
-        close(copy(x), model(x), 0 if policy == "float32" else 0.1)
-        back = keras_mp.convert(copy, "float32")
-        assert differences(model, back) == []
-        np.testing.assert_array_equal(back(x), model(x))
-    some = [layer for layer in copy._flatten_layers() if getattr(layer, "_is_quantized", False)]
-    assert {layer.dtype_policy.name.partition("_from_")[2] for layer in some} <= {"mixed_bfloat16", "float32"}
-    converted.quantize(mode)
-    names = [layer.name for layer in converted._flatten_layers() if getattr(layer, "_is_quantized", False)]
-    assert names == quantized
-    back = keras_mp.convert(converted, "float32")
-    assert differences(converted, back, converted=True) == []
-    close(back(x), converted(x), 0.1)
-
-
-def test_gptq_comes_along():
-    model = keras.Sequential([keras.Input((8,)), layers.Dense(4), layers.Dense(2)])
-    config = keras.quantizers.GPTQConfig(dataset=None, tokenizer=None, weight_bits=4, group_size=4)
-    for layer in model.layers:
-        layer.quantize("gptq", config=config)
-        layer.quantized_kernel.assign(np.random.randint(0, 200, layer.quantized_kernel.shape))
-        layer.kernel_scale.assign(np.random.uniform(0.1, 0.2, layer.kernel_scale.shape))
-        layer.is_gptq_calibrated = True
-        del layer._kernel  # as Keras does once it is calibrated
-    x = normal(3, 8)
-    for policy in POLICIES:
-        copy = keras_mp.convert(model, policy)
-        assert differences(model, copy, converted=policy != "float32") == []
-        close(copy(x), model(x), 0 if policy == "float32" else 0.05)
-        np.testing.assert_array_equal(keras_mp.convert(copy, "float32")(x), model(x))
 
 
 def test_rematerialization_is_kept():
@@ -489,138 +354,6 @@ def test_rematerialization_is_kept():
             assert converted.get_layer(name)._remat_mode == model.get_layer(name)._remat_mode
         assert converted.get_layer("attention").query_dense._remat_mode is not None
         close(converted(x)[0], model(x)[0])
-
-
-class Sticky(keras.optimizers.Optimizer):
-    """An optimizer of the user's, without a configuration, that builds anew whenever it is asked to."""
-
-    def __init__(self, rate, memory):
-        super().__init__(learning_rate=rate)
-        self.memory = memory
-
-    def build(self, variables):
-        super().build(variables)
-        self.speeds = [self.add_variable_from_reference(each, name="speed") for each in variables]
-        self.steps = self.add_variable((), dtype="float32", name="steps")
-
-    def update_step(self, gradient, variable, learning_rate):
-        speed = self.speeds[self._get_variable_index(variable)]
-        self.assign(speed, self.memory * speed + gradient)
-        self.assign_sub(variable, learning_rate * speed)
-
-
-class Growing(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule of the user's, with a variable."""
-
-    def __init__(self):
-        self.rate = keras.Variable(0.01, trainable=False, name="rate")
-
-    def __call__(self, step):
-        return self.rate * (1 + keras.ops.cast(step, "float32"))
-
-
-OPTIMIZERS = {
-    "custom": lambda: Sticky(0.1, 0.5),
-    "schedule": lambda: keras.optimizers.SGD(Growing(), momentum=0.5),
-    "callable": lambda: keras.optimizers.Adam(lambda: 0.01),
-    "factor": lambda: keras.optimizers.Adam(0.01, loss_scale_factor=128.0),
-    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
-    "averaging": lambda: keras.optimizers.AdamW(0.01, use_ema=True, ema_overwrite_frequency=2),
-    "muon": lambda: keras.optimizers.Muon(0.01),
-    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
-    "ftrl": lambda: keras.optimizers.Ftrl(0.01),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_go_on_from_where_they_were(name):
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
-    model.compile(OPTIMIZERS[name](), "mse")
-    x, y = normal(8, 4), normal(8, 2)
-    model.fit(x, y, epochs=3, verbose=0)
-    copies = [duplicate(model), keras_mp.convert(keras_mp.convert(model, "mixed_float16"), "float32")]
-    for copy in copies:
-        assert differences(model, copy) == []
-    mixed = keras_mp.convert(model, "mixed_float16")
-    assert type(mixed.optimizer) is keras_mp.LossScaleOptimizer
-    mixed.fit(x, y, verbose=0)
-    for each in (model, *copies):
-        each.fit(x, y, epochs=2, verbose=0)
-    for copy in copies:
-        for ours, theirs in zip(copy.variables, model.variables, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_optimizers_may_know_variables_that_are_gone(policy):
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
-    model.compile("adam", "mse")
-    model.fit(normal(8, 4), normal(8, 2), verbose=0)
-    model.pop()
-    model.add(layers.Dense(5))
-    converted = keras_mp.convert(model, policy)
-    inner = getattr(converted.optimizer, "inner_optimizer", converted.optimizer)
-    assert len(inner.variables) == len(model.optimizer.variables)
-    for ours, theirs in zip(inner.variables, model.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    kernel = converted.layers[0].kernel
-    assert inner._get_variable_index(kernel) == 0
-    converted.compile(keras_mp.LossScaleOptimizer("adam"), "mse")
-    converted.fit(normal(8, 4), normal(8, 5), verbose=0)
-
-
-class Agent(keras.Model):
-    """Keeps optimizers in its own ways, before `compile` and without it."""
-
-    def __init__(self):
-        super().__init__()
-        self.actor, self.critic = layers.Dense(2), layers.Dense(1)
-        self.optimizer = keras.optimizers.Adam(0.01)
-        self.loss = keras.losses.Huber()
-        self.others = {"critic": [keras.optimizers.SGD(0.01, momentum=0.5)]}
-        self.same = self.optimizer
-
-    def call(self, x):
-        return self.actor(x), self.critic(x)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_optimizers_on_attributes_of_any_name_are_wrapped_as_needed(policy):
-    agent = Agent()
-    agent(normal(1, 3))
-    agent.optimizer.build(agent.actor.trainable_variables)
-    converted = keras_mp.convert(agent, policy)
-    wrapped = policy == "mixed_float16"
-    for optimizer in (converted.optimizer, converted.others["critic"][0]):
-        assert isinstance(optimizer, keras_mp.LossScaleOptimizer) is wrapped
-    assert converted.same is converted.optimizer is not agent.optimizer
-    assert type(converted.loss) is keras.losses.Huber
-    inner = converted.optimizer.inner_optimizer if wrapped else converted.optimizer
-    assert inner._get_variable_index(converted.actor.kernel) == 0
-    back = keras_mp.convert(converted, "float32")
-    assert differences(agent, back) == []
-    assert type(back.optimizer) is keras.optimizers.Adam
-
-
-def test_models_in_a_model_stay_compiled():
-    class Gan(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.judge = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
-            self.judge.compile(keras.optimizers.Adam(0.03), "mse")
-
-        def call(self, x):
-            return self.judge(x)
-
-    model = Gan()
-    model.judge.fit(normal(4, 4), normal(4, 1), verbose=0)
-    model(normal(1, 4))
-    mixed = keras_mp.convert(model, "mixed_float16")
-    assert type(mixed.judge.optimizer) is keras_mp.LossScaleOptimizer
-    mixed.judge.fit(normal(4, 4), normal(4, 1), verbose=0)
-    assert int(mixed.judge.optimizer.inner_optimizer.iterations + mixed.judge.optimizer.skipped_steps) == 2
-    assert differences(model, keras_mp.convert(mixed, "mixed_bfloat16"), converted=True) != []
-    assert differences(model, duplicate(model)) == []
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -1,39 +1,15 @@
 """Conversion to another policy and back: the same function, weights, classes, names and optimizer."""
 
-import functools
-import warnings
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.conversion.convert import duplicate
-from keras_mp.conversion.inserted import OutputCast
 from keras_mp.errors import ConversionError, KerasMPWarning, PolicyError
+from tests.helpers.conversions import MIXED, TOLERANCE, Block, normal
 
 layers = keras.layers
-MIXED = ("mixed_bfloat16", "mixed_float16")
-# Of the largest output: some roundings to the dtype, one after the other.
-TOLERANCE = {"mixed_bfloat16": 4e-2, "mixed_float16": 5e-3}
-
-
-def normal(*shape):
-    return np.random.normal(size=shape).astype("float32")
-
-
-class Block(layers.Layer):
-    """Holds layers, one of them in a function that it has made."""
-
-    def __init__(self, units):
-        super().__init__()
-        self.norm = layers.LayerNormalization()
-        self.dense = layers.Dense(units, "gelu")
-        self.inner = lambda x: self.dense(x)
-
-    def call(self, x):
-        return x + self.inner(self.norm(x))
 
 
 class Lazy(layers.Layer):
@@ -167,8 +143,14 @@ def flat(outputs):
     return [np.asarray(output) for output in keras.tree.flatten(outputs)]
 
 
-@pytest.mark.parametrize("policy", MIXED)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        pytest.param(name, policy, marks=pytest.mark.slow if (name, policy) == ("recurrent", "mixed_float16") else ())
+        for name in MODELS
+        for policy in MIXED
+    ],
+)
 def test_a_model_converts_computes_the_same_trains_and_returns(name, policy):
     model, x = MODELS[name]()
     for weight in model.trainable_weights:  # zeros, as biases are at first, would not show a weight that was left out
@@ -207,7 +189,7 @@ def test_a_model_converts_computes_the_same_trains_and_returns(name, policy):
     ("name", "policy"),
     [
         ("images", "mixed_bfloat16"),
-        ("recurrent", "mixed_float16"),
+        pytest.param("recurrent", "mixed_float16", marks=pytest.mark.slow),
         pytest.param("images", "mixed_float16", marks=pytest.mark.slow),
         pytest.param("recurrent", "mixed_bfloat16", marks=pytest.mark.slow),
     ],
@@ -282,75 +264,6 @@ def small(dtype=None, **compiled):
     return model
 
 
-@pytest.mark.parametrize("name", ["adam", "nadam", "adafactor", "lion"])
-def test_the_optimizer_is_wrapped_as_the_policy_needs(name):
-    model = small(optimizer=name)
-    model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0)
-    mixed = keras_mp.convert(model, "mixed_float16")
-    assert type(mixed.optimizer) is keras_mp.LossScaleOptimizer
-    assert float(mixed.optimizer.loss_scale) == 2.0**15
-    for policy in ("mixed_bfloat16", "float32"):
-        other = keras_mp.convert(mixed, policy)
-        assert type(other.optimizer) is type(model.optimizer)
-        state = [value for value in vars(other.optimizer).values() if isinstance(value, keras.Variable)]
-        right = [value for value in vars(model.optimizer).values() if isinstance(value, keras.Variable)]
-        for ours, theirs in zip(other.optimizer.variables + state, model.optimizer.variables + right, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("wrapper", [keras.optimizers.LossScaleOptimizer, keras_mp.LossScaleOptimizer])
-def test_the_state_of_a_loss_scale_carries_over(wrapper):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*lets its scale run away", KerasMPWarning)
-        model = small(
-            "mixed_float16", optimizer=wrapper(keras.optimizers.Adam(), initial_scale=8.0, dynamic_growth_steps=2)
-        )
-    model.fit(np.ones((4, 4)), np.ones((4, 1)), epochs=3, verbose=0)
-    mixed = keras_mp.convert(model, "mixed_float16")
-    assert type(mixed.optimizer) is keras_mp.LossScaleOptimizer
-    assert mixed.optimizer.dynamic_growth_steps == 2
-    assert float(mixed.optimizer.loss_scale) == 16.0
-    assert int(mixed.optimizer.step_counter) == int(model.optimizer.step_counter) == 1
-    assert int(mixed.optimizer.inner_optimizer.iterations) == 3
-
-
-def test_optimizers_that_a_model_keeps_itself_carry_over():
-    class Two(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = layers.Dense(1), layers.Dense(1)
-
-        def compile(self, left_optimizer, right_optimizer):
-            super().compile()
-            self.left_optimizer, self.right_optimizer = left_optimizer, right_optimizer
-
-        def call(self, x):
-            return self.left(x) + self.right(x)
-
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape(persistent=True) as tape:
-                loss = tf.reduce_mean((tf.cast(self(x), tf.float32) - y) ** 2)
-            for layer, optimizer in ((self.left, self.left_optimizer), (self.right, self.right_optimizer)):
-                optimizer.apply(tape.gradient(loss, layer.trainable_variables), layer.trainable_variables)
-            return {"loss": loss}
-
-    model = Two()
-    model(normal(2, 4))
-    model.compile(keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1, momentum=0.5))
-    model.fit(normal(4, 4), normal(4, 1), verbose=0)
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    for name in ("left_optimizer", "right_optimizer"):
-        ours, theirs = getattr(mixed, name), getattr(model, name)
-        assert ours is not theirs
-        for variable, value in zip(ours.variables, theirs.variables, strict=True):
-            np.testing.assert_array_equal(variable, value)
-    before = np.asarray(mixed.left.kernel)
-    mixed.fit(normal(4, 4), normal(4, 1), verbose=0)
-    assert int(mixed.left_optimizer.iterations) == 2
-    assert not np.array_equal(mixed.left.kernel, before)
-
-
 def test_frozen_layers_stay_frozen_and_variables_keep_their_paths():
     model, _ = images()
     model.layers[0].trainable = False
@@ -377,110 +290,6 @@ def test_a_policy_map_decides_layer_by_layer_and_tells_of_patterns_that_match_no
     assert {dtype for name, dtype in dtypes.items() if name.startswith("gru")} == {"float32"}
     assert {dtype for name, dtype in dtypes.items() if name.startswith("forward_lstm")} == {"bfloat16"}
     assert mixed(x).dtype == "float32"
-
-
-class Ones(layers.Layer):
-    """Makes a float32 tensor whatever it computes in."""
-
-    def call(self, x):
-        return tf.concat([x, tf.ones_like(x, dtype="float32")], -1)
-
-
-class Hiding(layers.Layer):
-    """Hides what is negative with a number that float16 does not hold."""
-
-    def call(self, x):
-        return keras.ops.softmax(x + keras.ops.cast(x < 0, x.dtype) * -1e9)
-
-
-@pytest.mark.parametrize(
-    ("layer", "policy", "reason"),
-    [(Ones, "mixed_bfloat16", "TypeError"), (Hiding, "mixed_float16", "overflow encountered in cast")],
-)
-def test_a_layer_that_fails_in_16_bits_is_named_and_left_in_float32(layer, policy, reason):
-    made = [layers.Dense(4, name="first"), layer(name="odd"), layers.Dense(4, name="last")]
-    model = keras.Sequential([keras.Input((4,)), *made], name="net")
-    with pytest.warns(KerasMPWarning, match=f"'net/odd' is left in float32.*{reason}"):
-        mixed = keras_mp.convert(model, policy)
-    dtype = policy.removeprefix("mixed_")
-    assert [each.compute_dtype for each in mixed.layers] == [dtype, "float32", dtype]
-    x = normal(3, 4)
-    np.testing.assert_allclose(mixed(x), model(x), atol=TOLERANCE[policy] * np.abs(model(x)).max())
-
-
-def test_a_layer_that_suits_16_bits_is_not_left_out_for_one_that_does_not():
-    made = [layers.Dense(4), Ones(), Block(8), layers.Dense(1)]
-    with pytest.warns(KerasMPWarning, match="Ones fails in bfloat16"):
-        mixed = keras_mp.convert(keras.Sequential([keras.Input((4,)), *made]), "mixed_bfloat16")
-    assert mixed.layers[2].dense.compute_dtype == "bfloat16"
-
-
-def test_an_output_that_no_layer_makes_is_told():
-    class Raw(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(2)
-
-        def call(self, x):
-            return keras.ops.cast(self.dense(x), self.compute_dtype)
-
-    model = Raw()
-    model(normal(2, 3))
-    with pytest.warns(KerasMPWarning, match="still a 16-bit float"):
-        keras_mp.convert(model, "mixed_bfloat16")
-
-
-def test_losses_go_by_the_names_of_outputs():
-    x = inputs = keras.Input((4,))
-    outputs = [Block(4)(x), layers.Dense(1, name="score")(x)]
-    model = keras.Model(inputs, outputs)
-    model.compile(
-        "sgd", {model.output_names[0]: "mse", "score": "mae"}, metrics={"score": keras.metrics.MeanSquaredError()}
-    )
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    assert any(isinstance(layer, OutputCast) for layer in mixed.layers)
-    x, y = normal(8, 4), [normal(8, 4), normal(8, 1)]
-    ours, theirs = (each.evaluate(x, y, verbose=0, return_dict=True) for each in (mixed, model))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name] == pytest.approx(value, rel=2e-2), name  # some roundings to bfloat16
-
-
-def test_several_outputs_of_one_layer_are_cast():
-    inputs = keras.Input((5, 3))
-    model = keras.Model(inputs, layers.LSTM(4, return_sequences=True, return_state=True)(inputs))
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    assert [output.dtype for output in mixed(normal(2, 5, 3))] == ["float32"] * 3
-    assert len(keras_mp.convert(mixed, "float32").layers) == len(model.layers)
-
-
-@pytest.mark.parametrize("policy", MIXED)
-@pytest.mark.parametrize(
-    "layer", [lambda: layers.Dense(4, activity_regularizer="l2"), lambda: layers.ActivityRegularization(0.1, 0.1)]
-)
-def test_penalties_of_outputs_are_float32_sums(layer, policy):
-    x = normal(3, 4)
-    model = keras.Sequential([keras.Input((4,)), layer(), layers.Dense(1)])
-    mixed = keras_mp.convert(model, policy)
-    for each in (model, mixed):
-        each(x)
-    assert mixed.losses[0].dtype == "float32"
-    assert float(mixed.losses[0]) == pytest.approx(float(model.losses[0]), rel=1e-2)
-    mixed.compile(keras_mp.LossScaleOptimizer("sgd", initial_scale=256.0), "mse")
-    assert np.isfinite(mixed.fit(x, normal(3, 1), verbose=0).history["loss"][0])
-    back = keras_mp.convert(mixed, "float32")
-    assert type(back.layers[0].activity_regularizer) is type(model.layers[0].activity_regularizer)
-
-
-@pytest.mark.stock_defect
-def test_stock_penalties_of_16_bit_outputs_fail():
-    with keras_mp.policy_scope("mixed_bfloat16"):
-        model = keras.Sequential([keras.Input((4,)), layers.Dense(4, activity_regularizer="l2"), layers.Dense(1)])
-    model.compile("sgd", "mse")
-    try:
-        model.fit(normal(3, 4), normal(3, 1), verbose=0)
-    except TypeError as error:
-        raise AssertionError(error) from error
 
 
 def test_a_converted_model_comes_back_from_its_file(tmp_path):
@@ -556,158 +365,6 @@ def test_what_cannot_be_converted_is_refused():
         keras_mp.convert(model, "mixed_bfloat16")
 
 
-def test_float16_without_our_optimizer_is_told_when_a_model_is_compiled():
-    model = small("mixed_float16")
-    with pytest.warns(KerasMPWarning, match=r"LossScaleOptimizer\(keras.optimizers.Adam\(...\)\)"):
-        model.compile("adam", "mse")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.compile(keras_mp.LossScaleOptimizer("adam"), "mse")
-        small("mixed_bfloat16", optimizer="adam")
-        small(keras_mp.PolicyMap("mixed_bfloat16"), optimizer="adam")
-
-
-@keras.saving.register_keras_serializable(package="tests")
-class Doubling(keras.layers.Layer):
-    """Of which Keras makes the configuration, from the arguments."""
-
-    def call(self, inputs):
-        return 2 * inputs
-
-
-@pytest.mark.parametrize("arguments", [{}, {"dtype": "float32", "activity_regularizer": None}])
-def test_a_layer_without_a_configuration_of_its_own_is_saved_after_it_was_converted(tmp_path, arguments):
-    made = [keras.layers.Dense(4), Doubling(**arguments), keras.layers.Dense(2)]
-    model = keras.Sequential([keras.Input((4,)), *made])
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    mixed.save(tmp_path / "mixed.keras")
-    loaded = keras_mp.load_model(tmp_path / "mixed.keras")
-    assert loaded.layers[1].compute_dtype == "bfloat16"
-    x = normal(3, 4)
-    np.testing.assert_array_equal(loaded(x), mixed(x))
-
-
-def add(x, k=1):
-    return x + k
-
-
-def test_lambda_layers_need_no_trust_in_memory():
-    lambdas = [keras.layers.Lambda(lambda x: x * 2), keras.layers.Lambda(add, arguments={"k": 3}, output_shape=(4,))]
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), *lambdas, keras.layers.Dense(2)])
-    x = normal(3, 4)
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 4
-    np.testing.assert_allclose(mixed(x), model(x), atol=2e-2 * np.abs(model(x)).max())  # bfloat16's roundings
-    np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(x), model(x))
-
-
-@pytest.mark.parametrize("wrapper", [keras.optimizers.LossScaleOptimizer, keras_mp.LossScaleOptimizer, None])
-def test_a_duplicate_is_the_model_as_it_is(wrapper):
-    optimizer = keras.optimizers.Adam(1e-2)
-    optimizer = optimizer if wrapper is None else wrapper(optimizer, 256.0, 10)
-    layers = [keras.Input((4,)), keras.layers.LayerNormalization(dtype="mixed_bfloat16"), keras.layers.Dense(2)]
-    model = keras.Sequential(layers)
-    model.compile(optimizer, "mse", auto_scale_loss=False)
-    x, y = np.random.default_rng(0).standard_normal((2, 8, 4)), np.ones((8, 2))
-    model.fit(x[0], y, verbose=0)
-    copy = duplicate(model)
-    assert [type(layer) for layer in copy.layers] == [type(layer) for layer in model.layers]
-    assert [layer.dtype_policy for layer in copy.layers] == [layer.dtype_policy for layer in model.layers]
-    assert type(copy.optimizer) is type(model.optimizer)
-    for value, other in zip(copy.optimizer.variables, model.optimizer.variables, strict=True):
-        assert value is not other
-        np.testing.assert_array_equal(value, other)
-    copy.fit(x[1], y, verbose=0)
-    model.fit(x[1], y, verbose=0)
-    for value, other in zip(copy.weights, model.weights, strict=True):
-        np.testing.assert_array_equal(value, other)
-
-
-@pytest.mark.parametrize(
-    ("layer", "policy", "warned"),
-    [
-        (lambda: keras.layers.DepthwiseConv2D(3, strides=2), "mixed_bfloat16", True),
-        (lambda: keras.layers.DepthwiseConv2D(5), "mixed_bfloat16", True),
-        (lambda: keras.layers.DepthwiseConv2D(3), "mixed_bfloat16", False),
-        (lambda: keras.layers.DepthwiseConv2D(5), "float32", False),
-        (lambda: keras_mp.layers.DepthwiseConv2D(5), "mixed_bfloat16", False),
-    ],
-)
-def test_slow_convolutions_of_keras_are_told_of_before_training(layer, policy, warned):
-    with keras_mp.policy_scope(policy):
-        model = keras.Sequential([keras.Input((8, 8, 2)), layer(), keras.layers.Flatten(), keras.layers.Dense(1)])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.compile("sgd", "mse")
-    told = [str(each.message) for each in caught if "takes longer to train in bfloat16" in str(each.message)]
-    assert len(told) == warned
-    if warned:
-        assert "depthwise_conv2d" in told[0]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", ".*gains nothing on this", KerasMPWarning)
-            keras_mp.convert(model, "mixed_bfloat16").compile("sgd", "mse")
-
-
-def gelu(x):
-    """Of the name of one of Keras's."""
-    return 100 * x * keras.ops.sigmoid(1.702 * x)
-
-
-class Halving(keras.Regularizer):
-    def __init__(self, rate):
-        self.rate = rate
-
-    def __call__(self, x):
-        return self.rate * keras.ops.sum(x**2)
-
-    def get_config(self):
-        return {"rate": self.rate}
-
-
-FUNCTIONS = {
-    "of a name that is Keras's": gelu,
-    "of the user's": lambda x: 3 * x,
-    "of TensorFlow": tf.nn.silu,
-    "partial": functools.partial(keras.activations.relu, negative_slope=0.25),
-    "of Keras, by another way": keras.ops.gelu,
-}
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_stay_the_ones_they_are(name, policy):
-    """Keras writes a function down by its name, and of those of users it knows none."""
-    function = FUNCTIONS[name]
-    inputs = keras.Input((4,))
-    x = layers.Dense(5, activation=function, kernel_regularizer=Halving(0.5))(inputs)
-    x = layers.Activation(function)(layers.EinsumDense("ab,bc->ac", (5,), bias_axes="c", activation=function)(x))
-    model = keras.Model(inputs, layers.Dense(2, kernel_initializer=lambda shape, dtype=None: tf.ones(shape, dtype))(x))
-    converted = keras_mp.convert(model, policy)
-    given = normal(8, 4)
-    tolerance = {"float32": 0, "mixed_bfloat16": TOLERANCE["mixed_bfloat16"]}[policy]
-    expected = model(given).numpy()
-    np.testing.assert_allclose(converted(given), expected, rtol=0, atol=tolerance * np.abs(expected).max())
-    np.testing.assert_allclose(sum(converted.losses), sum(model.losses), rtol=1e-6)
-    again = keras_mp.convert(converted, "float32")
-    assert [type(layer) for layer in again.layers] == [type(layer) for layer in model.layers]
-    np.testing.assert_array_equal(again(given), expected)
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("rank", [1, 2])
-def test_convolutional_lstms(rank, policy):
-    inputs = keras.Input((3, *[6] * rank, 2))
-    x = getattr(layers, f"ConvLSTM{rank}D")(3, 3, return_sequences=True)(inputs)
-    model = keras.Model(inputs, getattr(layers, f"ConvLSTM{rank}D")(2, 3)(x))
-    converted = keras_mp.convert(model, policy)
-    given = normal(2, 3, *[6] * rank, 2)
-    expected = model(given).numpy()
-    tolerance = TOLERANCE.get(policy, 0) * np.abs(expected).max()
-    np.testing.assert_allclose(converted(given), expected, rtol=0, atol=tolerance)
-    np.testing.assert_array_equal(keras_mp.convert(converted, "float32")(given), expected)
-
-
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_states_of_recurrent_layers_come_along_and_stay_out_of_files(kind, policy, tmp_path):
@@ -728,52 +385,6 @@ def test_states_of_recurrent_layers_come_along_and_stay_out_of_files(kind, polic
     np.testing.assert_array_equal(loaded(given), converted(given))
     converted.layers[1].reset_state()
     np.testing.assert_allclose(converted(given), model(given), rtol=0, atol=TOLERANCE.get(policy, 0))
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
-def test_a_model_quantized_in_float8():
-    """Which lists its variables in another order than one that is made again."""
-    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)])
-    model.quantize("float8")
-    given = normal(4, 6)
-    mixed = keras_mp.convert(model, "mixed_bfloat16")
-    assert mixed.layers[0].dtype_policy.name == "float8_from_mixed_bfloat16"
-    expected = model(given).numpy()
-    np.testing.assert_allclose(
-        mixed(given), expected, rtol=0, atol=TOLERANCE["mixed_bfloat16"] * np.abs(expected).max()
-    )
-    np.testing.assert_array_equal(keras_mp.convert(mixed, "float32")(given), expected)
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-@pytest.mark.parametrize("built", [False, True])
-@pytest.mark.parametrize("how", ["names", "variables"])
-@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, keras_mp.LossScaleOptimizer], ids=["bare", "wrapped"])
-def test_what_is_excluded_from_weight_decay_stays_so(wrap, how, built, policy):
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, bias_initializer="ones")])
-    optimizer = wrap(keras.optimizers.SGD(0.1, weight_decay=1.0))
-    bias = model.layers[0].bias
-    optimizer.exclude_from_weight_decay(**({"var_names": ["bias"]} if how == "names" else {"var_list": [bias]}))
-    model.compile(optimizer, "mse")
-    if built:
-        optimizer.build(model.trainable_variables)
-    converted = keras_mp.convert(model, policy)
-    for each in (model, converted):
-        each.fit(np.zeros((8, 4)), np.ones((8, 2)), epochs=3, verbose=0)
-        kernel, bias = each.get_weights()
-        np.testing.assert_array_equal(bias, [1, 1])
-        assert np.abs(kernel).max() < 0.8 * np.sqrt(6 / (4 + 2))  # of what it is drawn from
-
-
-def named_mean(y, prediction):
-    return prediction
-
-
-def test_a_metric_that_cannot_be_made_again_is_named():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-    model.compile("sgd", "mse", metrics=[keras.metrics.MeanMetricWrapper(named_mean, name="mine")])
-    with pytest.raises(ConversionError, match="'mine' of class MeanMetricWrapper cannot be made again"):
-        keras_mp.convert(model, "float32")
 
 
 def test_layers_of_one_name_all_convert():

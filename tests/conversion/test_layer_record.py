@@ -10,8 +10,9 @@ import pytest
 import keras_mp
 from keras_mp import layers
 from keras_mp._compat import keras_files
-from keras_mp.conversion.convert import _STOCK, duplicate
+from keras_mp.conversion.convert import duplicate
 from keras_mp.conversion.layer_record import record_of
+from keras_mp.conversion.twins import STOCK
 from keras_mp.errors import ConversionError, KerasMPWarning
 from tests.golden import make_files
 
@@ -110,9 +111,21 @@ def what_they_are(model):
     }
 
 
-@pytest.mark.parametrize("load", LOADERS, ids=["ours", "stock"])
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "policy", "load"),
+    [
+        pytest.param(
+            name,
+            policy,
+            load,
+            id=f"{name}-{policy}-{by}",
+            marks=() if (number + other) % 2 == (by == "stock") else pytest.mark.slow,
+        )
+        for number, name in enumerate(MODELS)
+        for other, policy in enumerate(("mixed_bfloat16", "mixed_float16", "float32"))
+        for by, load in zip(("ours", "stock"), LOADERS, strict=True)
+    ],
+)
 def test_a_converted_model_comes_back_as_it_was(tmp_path, name, policy, load):
     model = keras_mp.convert(MODELS[name](), policy)
     model.save(tmp_path / "model.keras")
@@ -275,7 +288,7 @@ def test_old_h5_files_fit_both_models(tmp_path):
 
 
 def test_no_other_twin_is_called_otherwise_than_the_layer_that_it_is_for():
-    assert {ours for ours, stock in _STOCK.items() if ours.__name__ != stock.__name__} == {layers.Head}
+    assert {ours for ours, stock in STOCK.items() if ours.__name__ != stock.__name__} == {layers.Head}
 
 
 @pytest.mark.parametrize("name", make_files.MODELS)

@@ -11,8 +11,9 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import hardware
-from keras_mp.distribution import cluster, strategies
+from keras_mp.distribution import cluster, replicas, strategies
 from keras_mp.errors import ArgumentError, DistributionError
+from keras_mp.hardware import detection
 
 TWO_WORKERS = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
 CLUSTER_VARIABLES = ("TF_CONFIG", "TPU_NAME", "COLAB_TPU_ADDR", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS", "SLURM_PROCID")
@@ -164,7 +165,7 @@ def test_several_workers_are_refused_once_tensorflow_runs(monkeypatch):
 
 def test_the_automatic_policy_is_that_of_the_strategys_devices(monkeypatch):
     devices = [hardware.Device("cpu", "C"), hardware.Device("gpu", "V100", compute_capability=(7, 0))]
-    monkeypatch.setattr(hardware, "_devices", lambda: devices)
+    monkeypatch.setattr(detection, "devices_here", lambda: devices)
     assert keras_mp.set_policy("auto").name == "mixed_float16"
     strategy = keras_mp.strategy("mirrored", devices=["CPU:0", "CPU:1"])
     assert keras_mp.set_policy("auto").name == "float32"
@@ -181,7 +182,7 @@ def test_sums_of_several_dtypes_are_taken_at_once(mirrored):
     def on_replica():
         one = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group + 1, tf.int64)
         values = [one, None, tf.cast(one, tf.float32) / 2, one * 10]
-        return [value for value in strategies.sum_over_replicas(values) if value is not None]
+        return [value for value in replicas.sum_over_replicas(values) if value is not None]
 
     sums = tf.function(lambda: strategy.run(on_replica))()
     assert [strategy.experimental_local_results(value)[1].numpy() for value in sums] == [3, 1.5, 30]
@@ -189,16 +190,14 @@ def test_sums_of_several_dtypes_are_taken_at_once(mirrored):
 
 def test_strategies_made_one_after_the_other_do_not_disturb_each_other():
     """A cell of a notebook that is run again, with other devices: TensorFlow's own fail here, or wait for ever."""
-    strategies = [
-        keras_mp.strategy("mirrored", devices=[f"CPU:{index}" for index in range(count)]) for count in (2, 3, 2)
-    ]
+    made = [keras_mp.strategy("mirrored", devices=[f"CPU:{index}" for index in range(count)]) for count in (2, 3, 2)]
 
     def total(strategy):
         def on_replica():
             with tf.xla.experimental.jit_scope():
-                return strategies.sum_over_replicas([tf.ones([3])])[0]
+                return replicas.sum_over_replicas([tf.ones([3])])[0]
 
         return strategy.experimental_local_results(tf.function(lambda: strategy.run(on_replica))())[0].numpy().tolist()
 
     for _ in range(2):
-        assert [total(strategy) for strategy in strategies] == [[2.0] * 3, [3.0] * 3, [2.0] * 3]
+        assert [total(strategy) for strategy in made] == [[2.0] * 3, [3.0] * 3, [2.0] * 3]

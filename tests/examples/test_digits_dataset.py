@@ -1,4 +1,4 @@
-"""The dataset builder of the handwritten digits: what tensorflow-datasets asks of one, and what scikit-learn holds."""
+"""The dataset builder of the digits keeps the contract of tensorflow-datasets, and the data of scikit-learn."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SIZES = {"train": 1438, "test": 359}
 
 
 class TestDigits(tfds.testing.DatasetBuilderTestCase):
-    """The contract of tensorflow-datasets, over the real images: no fakes are needed where nothing is downloaded."""
+    """The contract of tensorflow-datasets, with the real images. Nothing is downloaded, so no fakes are needed."""
 
     DATASET_CLASS = digits_dataset_builder.Builder
     SPLITS = SIZES
@@ -21,7 +21,7 @@ class TestDigits(tfds.testing.DatasetBuilderTestCase):
 
 
 def _rows(images, labels):
-    """One row an example, its pixels and its label, in an order that does not depend on the reader's."""
+    """Returns a row for each example, with pixels and label, in a fixed order."""
     rows = np.concatenate([images.reshape(len(labels), 64), labels.reshape(-1, 1)], axis=1).astype(np.int64)
     return rows[np.lexsort(rows.T)]
 

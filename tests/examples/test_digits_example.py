@@ -1,4 +1,4 @@
-"""The digits example: its parts on runs made by hand, and the whole of it, short, in a process of its own."""
+"""The digits example: its parts on made-up runs, and the whole of it, short, in a separate process."""
 
 import os
 import re
@@ -17,13 +17,14 @@ from sklearn.datasets import load_digits
 
 from examples import digits, image_classification
 from keras_mp.layers import Float32
+from tests.helpers.banner import without_banner
 
 ROOT = Path(__file__).parents[2]
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16"]
 
 
 def run(policy, seed, accuracy, *, milliseconds=10.0, scales=(), skipped=0):
-    """A run as it is after training; of its model only what the optimizer counted is there."""
+    """A run as after training. Its model has only the optimizer's counters."""
     model = keras.Sequential()
     model.optimizer = type("Optimizer", (), {"skipped_steps": tf.constant(skipped)})() if scales else object()
     steps = 40
@@ -34,7 +35,7 @@ def run(policy, seed, accuracy, *, milliseconds=10.0, scales=(), skipped=0):
 
 
 def runs(accuracies):
-    """One run for each policy and seed; the accuracies of a policy are those of its seeds."""
+    """One run for each policy and seed, with these accuracies."""
     made = []
     for policy, own in accuracies.items():
         facts = {
@@ -119,7 +120,7 @@ def test_the_network_computes_in_the_policy_and_ends_in_float32(policy):
 
 
 def colour_shares(picture, colour):
-    """How much of the left and of the right half of a picture is close to a colour."""
+    """The shares of the left and right half of a picture that are close to a colour."""
     wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     near = np.abs(picture[..., :3] - wanted).max(axis=-1) < 0.2
     halves = np.array_split(near, 2, axis=1)
@@ -138,7 +139,7 @@ def test_the_picture_shows_each_policy_where_it_belongs(tmp_path):
 
 
 def test_the_export_of_the_best_run_is_made_and_said(tmp_path, monkeypatch, capsys):
-    """Of two runs the more accurate one is exported, in its own policy."""
+    """The more accurate of two runs is exported, under its policy."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     test = tf.data.Dataset.from_tensor_slices(
@@ -153,7 +154,7 @@ def test_the_export_of_the_best_run_is_made_and_said(tmp_path, monkeypatch, caps
     digits.export_best(made, Path("saved_models") / "digits")
     said = " ".join(capsys.readouterr().out.split())
     pattern = (
-        r"Exported mixed_bfloat16 to saved_models/digits/1\. .* it gives the model's class for 20 of 20 test images "
+        r"Exported mixed_bfloat16 to saved_models/digits/1\. .* it predicts the model's class for 20 of 20 test images "
         r"\((\d+\.\d\d)% right\); the largest difference of a probability is (\S+)\."
     )
     match = re.fullmatch(pattern, said)
@@ -171,7 +172,7 @@ def test_the_export_of_the_best_run_is_made_and_said(tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """Runs the example as a user does, in a copy, for it writes beside itself."""
+    """Runs the example as a user does, in a copy, because it writes beside itself."""
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("output", "__pycache__"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_CPP_", "COLUMNS"))}
@@ -188,7 +189,8 @@ def example(tmp_path_factory):
 
 def test_the_example_trains_compares_draws_exports_and_verifies(example):
     ran = example("--epochs", "2")
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, without_banner(ran.stderr)) == (0, "")
+    assert ran.stdout.startswith("A small convolutional network learns the images of 'digits'")
     rows = {row[0]: row[1:] for row in cells(ran.stdout)}
     assert [policy for policy in rows if policy in POLICIES] == POLICIES
     for policy in POLICIES:
@@ -214,13 +216,13 @@ def test_the_example_trains_compares_draws_exports_and_verifies(example):
     assert match
     assert (int(match[1]), int(match[2])) == (count, count)
     best = max(float(rows[policy][0].removesuffix("%")) for policy in POLICIES)
-    # The export runs outside Keras, so a tie of two classes in 16 bits may fall the other way.
+    # The export runs outside Keras, so a 16-bit tie of two classes may break the other way.
     assert float(match[3]) == pytest.approx(best, abs=1.0)
 
     assert [entry.name for entry in (example.folder / "saved_models" / "digits").iterdir()] == ["1"]
     serve = tf.saved_model.load(str(example.folder / "saved_models" / "digits" / "1")).signatures["serving_default"]
     answers = serve(image=tf.constant(load_digits().images[..., np.newaxis] / 16, tf.float32))["probabilities"]
-    # Of scikit-learn's own images, without the input pipeline, as many are told as of the pipeline's.
+    # scikit-learn's images, without the input pipeline, are classified as well.
     assert 100 * np.mean(np.argmax(answers, -1) == load_digits().target) == pytest.approx(best, abs=6)
 
 
@@ -234,7 +236,7 @@ def test_a_dataset_that_is_not_there_is_told_without_a_traceback(example):
     assert re.fullmatch(
         r"There is no dataset 'no_such_set' among the \d+ of tensorflow-datasets\. (Did you mean .*\? )?"
         r"Type --dataset digits for the set that needs no download\. https://\S+ lists them all\.\n",
-        ran.stderr,
+        without_banner(ran.stderr),
     ), ran.stderr
 
 

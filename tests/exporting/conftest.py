@@ -13,8 +13,9 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp.errors import KerasMPWarning
+from keras_mp.exporting import verification
 from keras_mp.exporting.sample import load_arrays, save_arrays
-from tests.helpers import serving_models
+from tests.helpers import forks, serving_models
 
 # Policy of training, precision and weights of the export.
 VARIANTS = {
@@ -28,6 +29,12 @@ FEWER = {
     "half": [serving_models.digits, serving_models.recommender, serving_models.strings],
     "float16": [serving_models.digits, serving_models.transformer, serving_models.detector],
 }
+
+
+@pytest.fixture(autouse=True)
+def _verified_in_forks(monkeypatch):
+    """Verifications start TensorFlow once a session; test_cli.py and the examples start it for each."""
+    monkeypatch.setattr(verification, "subprocess", forks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Writes tests/golden/export, the export that later versions must go on reading: `python -m tests.golden.make_export`.
 
-It is to be made again only when the format changes on purpose, beside the old one.
+Make a new one, beside the old one, only when the format changes on purpose.
 """
 
 import pathlib

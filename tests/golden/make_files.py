@@ -1,7 +1,7 @@
 """Writes tests/golden/files, which later versions must go on reading: `python -m tests.golden.make_files`.
 
-It is to be run again only for a new folder beside this one: these are files of version 0.1.0, which kept the weights of
-a `Head` under its own name.
+Run it again only for a new folder beside this one. These are files of version 0.1.0, which kept the weights of a `Head`
+under another name.
 """
 
 import pathlib
@@ -28,13 +28,13 @@ class Subclassed(keras.Model):
         self.heads = [keras.layers.Dense(3), keras.layers.Dense(2)]
 
     def call(self, x):
-        """The outputs of both heads, side by side."""
+        """Returns the outputs of both heads, side by side."""
         h = self.norm(self.first(x))
         return keras.ops.concatenate([head(h) for head in self.heads], -1)
 
 
 def functional():
-    """A layer of each kind, a dense one on either side of the head among the layers."""
+    """Makes a model with a layer of each kind, and a dense one on either side of the head."""
     x = keras.Input((6,))
     h = keras.layers.Dense(5, "gelu", name="a")(x)
     head = keras.layers.Dense(3, name="b")
@@ -44,18 +44,18 @@ def functional():
 
 
 def sequential():
-    """Three dense layers, the last of which becomes a head."""
+    """Makes three dense layers. The last becomes a head."""
     return keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(units) for units in (5, 4, 3))])
 
 
 def nested():
-    """A model whose head stands in an inner one."""
+    """Makes a model whose head is in an inner one."""
     x = keras.Input((6,))
     return keras.Model(x, sequential()(keras.layers.Dense(6, name="outer")(x)))
 
 
 def subclassed():
-    """A model that makes its own layers, built."""
+    """Makes and builds a model that makes its own layers."""
     model = Subclassed()
     model(X)
     return model
@@ -66,12 +66,12 @@ POLICIES = {"functional": "mixed_float16", "sequential": "mixed_bfloat16", "nest
 
 
 def converted(name):
-    """The model as it was converted, before it was trained."""
+    """Makes the converted model, before training."""
     return keras_mp.convert(MODELS[name](), POLICIES.get(name, "mixed_bfloat16"))
 
 
 def labels(outputs):
-    """What a model is trained on."""
+    """Returns zeros as labels."""
     return keras.tree.map_structure(np.zeros_like, outputs)
 
 

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def with_two_derivatives(function, jit_compile):
-    """A graph function that answers what another does, and the two derivatives of the sum of its first answer.
+    """Returns a graph function of another's results, and of two derivatives of the sum of the first one.
 
     Args:
         function: from a tensor to a tuple of tensors.
@@ -25,9 +25,9 @@ def with_two_derivatives(function, jit_compile):
 
 
 def early_operations(layer, shape, dtype, known=True, **call):
-    """The types of the ops that make images in the backward pass without the gradient that comes to it.
+    """Returns the types of the ops of a backward pass that make images and do not depend on the incoming gradient.
 
-    TensorFlow runs them in the forward pass, and keeps what they make until the backward pass.
+    TensorFlow runs them in the forward pass, and keeps the images until the backward pass.
 
     Args:
         layer: from images to images, built.
@@ -73,7 +73,7 @@ def _depends_on(operation, event):
 
 
 def executed_products(function, argument, folder):
-    """The kinds of matrix product in the graph that TensorFlow executed, after its optimizers.
+    """Returns the kinds of matmul in the graph that TensorFlow executed, after its optimizers.
 
     Args:
         function: a graph function of a tensor.

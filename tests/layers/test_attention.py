@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_mp import layers
 from keras_mp.errors import ArgumentError
 from keras_mp.ops.attention import dot_product
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients_of
+from tests.contract.layer_contract import Case, assert_close, contract, gradients_of
 
 SHAPES = [(4, 6, 8), (4, 5, 8)]
 LISTED = [(4, 6, 8), (4, 5, 8), (4, 5, 8)]
@@ -83,9 +83,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 # --- against stock ---------------------------------------------------------------------------------------------------
@@ -456,8 +456,15 @@ def test_range_of_the_layers_called_on_lists(name, arguments, shape):
 
 # The stock model has Keras's own wrapper, of which we warn.
 @pytest.mark.filterwarnings("ignore:.*computes in float16, and:keras_mp.errors.KerasMPWarning")
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("policy", "jit_compile"),
+    [
+        ("mixed_float16", False),
+        ("mixed_bfloat16", True),
+        pytest.param("mixed_float16", True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_texts_of_any_length_train(policy, jit_compile):
     keras.config.set_dtype_policy(policy)
     words = keras.Input((None,), dtype="int32")

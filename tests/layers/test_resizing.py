@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 
 INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "lanczos3", "lanczos5", "area"]
 
@@ -59,9 +59,9 @@ def stock_can(name, policy):
     return policy != "float64" or not any(word in name for word in ("lanczos", "antialias"))
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES, stock_can))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES, stock_can)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 @pytest.mark.parametrize("antialias", [False, True])
@@ -73,7 +73,7 @@ def test_float64_and_finite_differences(interpolation, antialias):
     y = layer(x)
     assert y.dtype == tf.float64
     assert_close(y, keras.layers.Resizing(3, 9, **arguments, dtype="float32")(x.astype("float32")), 2e-6)
-    theoretical, numerical = tf.test.compute_gradient(layer, [tf.constant(x)])
+    theoretical, numerical = tf.test.compute_gradient(tf.function(layer), [tf.constant(x)])
     assert_close(theoretical[0], numerical[0], 1e-6)
 
 
@@ -89,8 +89,14 @@ def compiles(layer, dtype):
     return all(np.isfinite(np.asarray(tf.cast(value, "float32"))).all() for value in result.values())
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize(
+    ("interpolation", "dtype"),
+    [
+        pytest.param(interpolation, dtype, marks=() if number % 2 == half else pytest.mark.slow)
+        for number, interpolation in enumerate(INTERPOLATIONS)
+        for half, dtype in enumerate(("float16", "bfloat16"))
+    ],
+)
 def test_xla_compiles_in_16_bits(interpolation, dtype):
     assert compiles(layers.UpSampling2D(2, interpolation=interpolation, dtype=f"mixed_{dtype}"), dtype)
     for arguments in ({}, {"antialias": True}, {"crop_to_aspect_ratio": True}, {"pad_to_aspect_ratio": True}):
@@ -303,9 +309,9 @@ REPEATING = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(REPEATING))
-def test_contract_of_repeating(name, policy, tmp_path, mirrored):
-    check_contract(REPEATING[name], policy, tmp_path, mirrored(2))
+@contract(REPEATING)
+def test_contract_of_repeating(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def check_sum_of_copies(of):

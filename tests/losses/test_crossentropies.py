@@ -328,15 +328,15 @@ def test_fit_with_weights(cls, policy, jit_compile):
         made = model(getattr(module, cls)(from_logits=True))
         made.jit_compile = jit_compile
         values = [made.fit(x, y, batch_size=4, sample_weight=weights, shuffle=False, verbose=0).history["loss"]]
-        values.append(made.fit(x, y, class_weight={0: 1, 1: 2, 2: 3}, shuffle=False, verbose=0).history["loss"])
-        values.append(made.evaluate(x, y, verbose=0)[:1])
+        values.append(made.fit(x, y, 4, class_weight={0: 1, 1: 2, 2: 3}, shuffle=False, verbose=0).history["loss"])
+        values.append(made.evaluate(x, y, 4, verbose=0)[:1])
         histories.append(values)
     # The same numbers, until gradients that are rounded once here and twice there have moved the weights.
     np.testing.assert_allclose(*histories, rtol=1e-5 if "16" not in policy else 2e-3)
 
 
 @BY_KERAS
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
 def test_fit_on_two_replicas(policy, mirrored):
     keras.config.set_dtype_policy(policy)
     x, y = np.random.normal(size=(8, 4)).astype("float32"), np.random.randint(0, 3, 8)

@@ -1,6 +1,7 @@
 """The optimizer's promises on several replicas of one process: agreement on what is finite, and equality."""
 
 import functools
+import itertools
 import math
 import warnings
 
@@ -13,6 +14,7 @@ import keras_mp
 from keras_mp.errors import ArgumentError, LossScaleStuckError
 
 INF, NAN = math.inf, math.nan
+SLOW = pytest.mark.slow
 BATCH = 8
 
 
@@ -261,9 +263,15 @@ STATEFUL = functools.partial(
 )
 
 
-@pytest.mark.parametrize("how", ["graph", "eager"])
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(
+    ("replicas", "jit_compile", "how"),
+    [
+        pytest.param(
+            *ways, marks=() if ways in ((2, True, "graph"), (2, False, "eager"), (4, False, "graph")) else SLOW
+        )
+        for ways in itertools.product([2, 4], [False, True], ["graph", "eager"])
+    ],
+)
 def test_a_bad_value_on_any_replica_skips_the_step_on_all(replicas, jit_compile, how, mirrored):
     """Promises 1 and 2."""
     cases = [(NAN, [0]), (NAN, [1]), (INF, [0]), (INF, [replicas - 1]), (-INF, [1]), (INF, range(replicas))]
@@ -408,18 +416,24 @@ def fitted(strategy, make_inner, **arguments):
     return model
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+FITTED = {
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw, accumulation, ema, global_clipnorm": lambda: keras.optimizers.AdamW(
+        0.01, gradient_accumulation_steps=2, use_ema=True, ema_overwrite_frequency=3, global_clipnorm=0.5
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "make_inner",
+    ("name", "jit_compile"),
     [
-        lambda: keras.optimizers.Adam(0.01),
-        lambda: keras.optimizers.AdamW(
-            0.01, gradient_accumulation_steps=2, use_ema=True, ema_overwrite_frequency=3, global_clipnorm=0.5
-        ),
+        pytest.param(name, jit_compile, marks=() if jit_compile == (name == "adam") else SLOW)
+        for name in FITTED
+        for jit_compile in (False, True)
     ],
-    ids=["adam", "adamw, accumulation, ema, global_clipnorm"],
 )
-def test_fit_of_a_stock_model_on_replicas_equals_fit_on_one_device(make_inner, jit_compile, mirrored):
+def test_fit_of_a_stock_model_on_replicas_equals_fit_on_one_device(name, jit_compile, mirrored):
+    make_inner = FITTED[name]
     one = fitted(tf.distribute.get_strategy(), make_inner)
     two = fitted(mirrored(2), make_inner, jit_compile=jit_compile)
     assert type(two) is keras.Sequential
@@ -530,8 +544,10 @@ class CountsTraces(keras.optimizers.SGD):
         super().update_step(gradient, variable, learning_rate)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("replicas", "jit_compile"),
+    [(1, False), (2, True), pytest.param(1, True, marks=SLOW), pytest.param(2, False, marks=SLOW)],
+)
 def test_fit_traces_once_through_epochs_another_learning_rate_and_a_resume(replicas, jit_compile, mirrored, tmp_path):
     with strategy_over(replicas, mirrored).scope():
         inner = CountsTraces(0.01, momentum=0.9)

@@ -41,11 +41,13 @@ def dataset(rows=ROWS):
 
 
 def results(strategy):
-    """What the test compares: the same on all workers and on one device."""
+    """Returns the results that are the same on all workers and on one device."""
     found = {}
     for jit_compile in (False, True):
         model = make_model(strategy, jit_compile)
-        history = model.fit(dataset(), epochs=2, shuffle=False, verbose=0, validation_data=(X, Y)).history
+        history = model.fit(
+            dataset(), epochs=2, shuffle=False, verbose=0, validation_data=(X, Y), validation_batch_size=BATCH
+        ).history
         bad = X[: 2 * BATCH].copy()
         bad[-1] = np.nan  # a row of the last worker's
         model.fit(bad, Y[: 2 * BATCH], batch_size=BATCH, shuffle=False, verbose=0)
@@ -66,7 +68,7 @@ def results(strategy):
         inputs = keras.Input((4,))
         model = keras_mp.Model(inputs, keras.layers.Dense(3, kernel_initializer="ones")(inputs))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
-        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=True)
+        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
     weighted = {"x": X, "y": Y, "sample_weight": np.linspace(0, 2, ROWS)}  # the workers have not as much weight each
     model.fit(**weighted, batch_size=BATCH, shuffle=False, epochs=2, verbose=0)
     found["weighted"] = model.get_weights()[0].tolist()
@@ -103,7 +105,7 @@ def resumable(strategy, folder, dying_worker):
     own = pathlib.Path(folder) / f"worker{worker}"
     own.mkdir(exist_ok=True)
     model = make_model(strategy, jit_compile=False, synchronized=False)
-    # As on machines of their own: only the chief can read the backup.
+    # As on separate machines, only the chief can read the backup.
     callbacks = [
         keras.callbacks.BackupAndRestore(str(own / "backup"), delete_checkpoint=False),
         keras.callbacks.ModelCheckpoint(str(own / "model.keras")),

@@ -71,7 +71,7 @@ def _worker(strategy):
 
 
 def results(strategy):
-    """What the test compares: the same on both workers and on one device.
+    """Returns the results that are the same on both workers and on one device.
 
     Keras's own wrapper is not here. A bad value on one worker alone makes that one skip, and the others wait for its
     gradients for ever.

@@ -1,8 +1,9 @@
-"""The program of `tests/optimizers/test_resume.py` that is killed while it trains, and started again until it is done.
+"""The program of `tests/optimizers/test_resume.py`, which is killed while it trains and started again.
 
-`python -m tests.programs.resume KILLS FOLDER` trains twice, with the state at the end in FOLDER/never.npz and
-FOLDER/killed.npz: once undisturbed, and once as a row of processes, of which the first KILLS die of SIGKILL at random
-moments. Each is a fork of this one, made before TensorFlow's runtime starts, so that the slow import happens once.
+`python -m tests.programs.resume KILLS FOLDER` trains twice. The first training is undisturbed and leaves its last state
+in FOLDER/never.npz. The second one is a row of processes and leaves its state in FOLDER/killed.npz. The first KILLS of
+them die of SIGKILL at random moments. Each process is a fork of this one, made before TensorFlow's runtime starts, so
+that the slow import happens once.
 """
 
 import os
@@ -28,7 +29,7 @@ def epochs_for(kills):
 
 
 def make_model():
-    """A model and optimizer with every kind of state: slots, an average, accumulated gradients, Nadam's product.
+    """Returns a model whose optimizer has every kind of state: slots, averages, accumulators, Nadam's momenta.
 
     There is no dropout in it: Keras 3.15 puts the state of random layers in no weights file.
     """

@@ -1,6 +1,6 @@
 """The whole step of a `keras_mp.Model`, compiled for a TPU that is not there: `python -m tests.programs.tpu POLICY`.
 
-The last line of its output is JSON. The compiler needs the extra `aot`, and a process of its own.
+The last line of its output is JSON. The compiler needs the extra `aot` and a separate process.
 """
 
 import json

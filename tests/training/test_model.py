@@ -28,17 +28,9 @@ class MeanSquare(keras.layers.Layer):
         return x
 
 
-def penalty(rows):
-    layer = keras.layers.ActivityRegularization(l2=1.0)
-    layer(np.ones((rows, 1), "float32"))
-    return float(layer.losses[0])
-
-
 def with_add_loss(model_type):
     inputs = keras.Input((4,))
-    # Keras 3.12 adds up the rows, and divides what each replica has by the number of replicas like a mean.
-    regularizer = "l2" if penalty(2) == penalty(1) else None
-    x = MeanSquare()(dense(8, activity_regularizer=regularizer)(inputs))
+    x = MeanSquare()(dense(8, activity_regularizer="l2")(inputs))
     return model_type(inputs, keras.layers.Dense(3)(x))
 
 
@@ -146,22 +138,16 @@ def assert_same_training(model, history, case):
         np.testing.assert_allclose(values, expected[name], rtol=3e-5, atol=3e-6, err_msg=name)
 
 
-# XLA compiles for seconds: of what differs by its loss alone, which XLA compiles like another, with the slow tests.
-SLOW_UNDER_XLA = {
-    "class weights",
-    "loss that is a sum",
-    "loss of one's own, a scalar",
-    "mean over masked weights",
-    "compute_loss of one's own",
-    "several steps at once",
-}
+# XLA compiles for seconds. These hold what XLA has to do with; the others are compiled in the slow suite.
+QUICK_UNDER_XLA = {"synchronized batch statistics", "several outputs, dictionaries, loss weights", "masks"}
 
 
 @pytest.mark.parametrize(
     ("case", "jit_compile"),
     [
-        *((case, False) for case in CASES if case in SLOW_UNDER_XLA),
-        *(pytest.param(case, True, marks=[pytest.mark.slow] * (case in SLOW_UNDER_XLA)) for case in CASES),
+        pytest.param(case, jit_compile, marks=() if jit_compile == (case in QUICK_UNDER_XLA) else pytest.mark.slow)
+        for case in CASES
+        for jit_compile in (False, True)
     ],
 )
 def test_two_replicas_train_as_stock_keras_does_on_one_device(case, jit_compile, mirrored):
@@ -174,11 +160,11 @@ def test_two_replicas_train_as_stock_keras_does_on_one_device(case, jit_compile,
     ("case", "replicas", "jit_compile"),
     [
         ("regularizer, accuracy", 1, True),
-        ("several outputs, dictionaries, loss weights", 1, True),
+        pytest.param("several outputs, dictionaries, loss weights", 1, True, marks=pytest.mark.slow),
         ("add_loss, activity regularizer", 1, False),
-        ("synchronized batch statistics", 1, True),
+        pytest.param("synchronized batch statistics", 1, True, marks=pytest.mark.slow),
         pytest.param("synchronized batch statistics", 2, False, marks=pytest.mark.slow),
-        ("synchronized batch statistics", 4, True),
+        pytest.param("synchronized batch statistics", 4, True, marks=pytest.mark.slow),
         ("several outputs, dictionaries, loss weights", 4, False),
         pytest.param("masks", 4, False, marks=pytest.mark.slow),
         pytest.param("regularizer, accuracy", 4, True, marks=pytest.mark.slow),
@@ -242,14 +228,21 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_any_optimizer_of_keras_steps_with_replicas_as_on_one_device(name, mirrored):
+@pytest.mark.parametrize(
+    ("name", "jit_compile"),
+    [
+        pytest.param(name, jit_compile, marks=() if jit_compile == (name == "clipnorm") else pytest.mark.slow)
+        for name in OPTIMIZERS
+        for jit_compile in (False, True)
+    ],
+)
+def test_any_optimizer_of_keras_steps_with_replicas_as_on_one_device(name, jit_compile, mirrored):
     """Promise 4 for optimizers that are not wrapped: alone, Keras's clip too early or fail under a strategy."""
     trained = [
-        train(model_type, "class weights", strategy, OPTIMIZERS[name], jit_compile=jit_compile)
-        for model_type, strategy, jit_compile in (
+        train(model_type, "class weights", strategy, OPTIMIZERS[name], jit_compile=compiled)
+        for model_type, strategy, compiled in (
             (keras.Model, tf.distribute.get_strategy(), False),
-            (keras_mp.Model, mirrored(2), True),
+            (keras_mp.Model, mirrored(2), jit_compile),
         )
     ]
     (stock_model, expected), (model, history) = trained
@@ -260,7 +253,12 @@ def test_any_optimizer_of_keras_steps_with_replicas_as_on_one_device(name, mirro
 
 @pytest.mark.parametrize(
     ("policy", "replicas", "jit_compile"),
-    [("mixed_float16", 1, False), ("mixed_float16", 2, True), ("mixed_bfloat16", 1, True), ("mixed_bfloat16", 2, True)],
+    [
+        ("mixed_float16", 1, False),
+        ("mixed_bfloat16", 2, True),
+        pytest.param("mixed_float16", 2, True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", 1, True, marks=pytest.mark.slow),
+    ],
 )
 def test_losses_of_layers_are_added_up_in_float32(policy, replicas, jit_compile, mirrored):
     keras.config.set_dtype_policy(policy)

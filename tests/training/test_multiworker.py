@@ -147,8 +147,15 @@ def test_keras_tells_where_a_backup_ends(tmp_path):
     assert model._initial_epoch == 2
 
 
-def test_workers_take_the_chiefs_policy_and_tell_of_different_ones(tmp_path):
-    chief, other = run(2, tmp_path, program=[*PROGRAM[:-1], "tests.programs.multiworker_policy"])
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What two workers print that are unlike each other in several ways, one after another."""
+    folder = tmp_path_factory.mktemp("unlike")
+    return run(2, folder, program=[*PROGRAM[:-1], "tests.programs.multiworker_unlike"])
+
+
+def test_workers_take_the_chiefs_policy_and_tell_of_different_ones(told):
+    chief, other = (each["policy"] for each in told)
     assert (chief["recommended"], other["recommended"]) == ("mixed_bfloat16", "float32")
     assert chief["chosen"] == other["chosen"] == "mixed_bfloat16"
     assert chief["said"] == other["said"]
@@ -166,8 +173,8 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("case", UNLIKE)
-def test_workers_tell_what_is_unlike(case, tmp_path):
-    one, other = run(2, tmp_path, case, program=[*PROGRAM[:-1], "tests.programs.multiworker_alike"])
+def test_workers_tell_what_is_unlike(case, told):
+    one, other = (each[case] for each in told)
     assert one == other
     assert bool(one) == bool(UNLIKE[case])
     for words in UNLIKE[case]:

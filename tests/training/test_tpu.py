@@ -32,7 +32,10 @@ def operations(function):
     return {node.op for node in nodes}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(policy, marks=() if policy == "mixed_bfloat16" else pytest.mark.slow) for policy in POLICIES],
+)
 def test_the_step_has_nothing_that_a_tpu_cannot_compile(policy):
     function = tf.function(tpu_program.make_step(policy), jit_compile=True, autograph=False)
     found = operations(function)

@@ -1,36 +1,28 @@
-"""Separable convolutions: a depthwise one and one of single pixels, each with the gradients that are fast."""
-
-import functools
-from typing import Any
+"""Separable convolutions: a depthwise one and one of single pixels, each with fast gradients."""
 
 import keras
 import tensorflow as tf
 
-from keras_mp.layers.conv import convolution, depthwise
-from keras_mp.layers.conv.convolving import Convolving, differs, product
+from keras_mp._compat import execution
+from keras_mp.layers.conv.convolving import Convolving
+from keras_mp.ops import convolution
 
 __all__ = ["SeparableConv1D", "SeparableConv2D"]
 
 
 class _Separable(Convolving):
-    def convolve(self, inputs: Any) -> tf.Tensor:
-        """The convolution of a training step; see `Convolving`."""
-        kernels = [tf.convert_to_tensor(kernel) for kernel in (self.depthwise_kernel, self.pointwise_kernel)]
-        between = depthwise.convolution(self, inputs, kernels[0], self.padding)
-        pointwise = functools.partial(tf.nn.conv2d, strides=1, padding="VALID")
-        if differs(self, inputs, kernels[0]):
-            pointwise = functools.partial(convolution.fast, pointwise, (1, 1), "valid")
-        if self.rank == 2:
-            return product(pointwise, between, kernels[1])
-        return tf.squeeze(product(pointwise, tf.expand_dims(between, 1), tf.expand_dims(kernels[1], 0)), 1)
+    def convolve(self, inputs: tf.Tensor, where: execution.Execution) -> tf.Tensor:
+        """Returns the convolution; see `Convolving`."""
+        kernels = tf.convert_to_tensor(self.depthwise_kernel), tf.convert_to_tensor(self.pointwise_kernel)
+        return convolution.separable(inputs, kernels, self.strides, self.padding, self.dilation_rate, where)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class SeparableConv1D(_Separable, keras.layers.SeparableConv1D):
-    """1D convolution of each channel by itself and then of all, with gradients that are fast on a CPU.
+    """1D depthwise convolution and then a pointwise one, with gradients that are fast on a CPU.
 
     A drop-in for `keras.layers.SeparableConv1D`, with the same arguments and weights. Its gradients are those of
-    `keras_mp.layers.DepthwiseConv1D` and of a product.
+    `keras_mp.layers.DepthwiseConv1D` and of a matmul.
 
     Args:
         filters: int, number of channels of the output.
@@ -38,17 +30,10 @@ class SeparableConv1D(_Separable, keras.layers.SeparableConv1D):
         strides: int or tuple of 1 int. Defaults to 1.
         padding: `"valid"` or `"same"`. Defaults to `"valid"`.
         depth_multiplier: int, how many channels each channel becomes in between. Defaults to 1.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, steps, channels), or with the channels second for
-            `data_format="channels_first"`.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (batch, new steps, filters), or with the channels second, in the compute dtype.
-
-    Raises:
-        ValueError: as Keras's layer, for arguments out of range and inputs of another rank.
+        Tensor of shape (batch, new steps, filters), in the compute dtype.
 
     Example:
         >>> import keras_mp
@@ -61,7 +46,7 @@ class SeparableConv1D(_Separable, keras.layers.SeparableConv1D):
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class SeparableConv2D(_Separable, keras.layers.SeparableConv2D):
-    """2D convolution of each channel by itself and then of all, with gradients that are fast in bfloat16 on a CPU.
+    """2D depthwise convolution and then a pointwise one, with gradients that are fast in bfloat16 on a CPU.
 
     A drop-in for `keras.layers.SeparableConv2D`, with the same arguments and weights. Its gradients are those of
     `keras_mp.layers.DepthwiseConv2D` and of `keras_mp.layers.Conv2D` with a kernel of one pixel.
@@ -72,17 +57,10 @@ class SeparableConv2D(_Separable, keras.layers.SeparableConv2D):
         strides: int or tuple of 2 equal ints. Defaults to 1.
         padding: `"valid"` or `"same"`. Defaults to `"valid"`.
         depth_multiplier: int, how many channels each channel becomes in between. Defaults to 1.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, height, width, channels), or with the channels second for
-            `data_format="channels_first"`.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (batch, new height, new width, filters), or with the channels second, in the compute dtype.
-
-    Raises:
-        ValueError: as Keras's layer, for arguments out of range and inputs of another rank.
+        Tensor of shape (batch, new height, new width, filters), in the compute dtype.
 
     Example:
         >>> import keras_mp

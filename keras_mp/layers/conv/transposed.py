@@ -1,19 +1,20 @@
 """Transposed convolutions, whose gradient to the bias is summed in float32."""
 
 import functools
-from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_mp.layers.conv.convolving import Convolving, product
+from keras_mp._compat import execution
+from keras_mp.layers.conv.convolving import Convolving
+from keras_mp.ops import convolution
 
 __all__ = ["Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"]
 
 
 class _Transposed(Convolving):
-    def convolve(self, inputs: Any) -> tf.Tensor:
-        """The convolution of a training step; see `Convolving`."""
+    def convolve(self, inputs: tf.Tensor, where: execution.Execution) -> tf.Tensor:
+        """Returns the convolution; see `Convolving`."""
         convolve = functools.partial(
             keras.ops.conv_transpose,
             strides=self.strides,
@@ -22,7 +23,7 @@ class _Transposed(Convolving):
             data_format=self.data_format,
             dilation_rate=self.dilation_rate,
         )
-        return product(convolve, inputs, self.kernel)
+        return convolution.product(convolve, inputs, self.kernel, where=where)
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -37,18 +38,10 @@ class Conv1DTranspose(_Transposed, keras.layers.Conv1DTranspose):
         strides: int or tuple of 1 int. Defaults to 1.
         padding: `"valid"` or `"same"`. Defaults to `"valid"`.
         output_padding: int or tuple of 1 int, what is added to the output's size, or None. Defaults to None.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, steps, channels), or with the channels second for
-            `data_format="channels_first"`.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (batch, new steps, filters), or with the channels second, in the compute
-        dtype.
-
-    Raises:
-        ValueError: as Keras's layer, for arguments out of range and inputs of another rank.
+        Tensor of shape (batch, new steps, filters), in the compute dtype.
 
     Example:
         >>> import keras_mp
@@ -71,18 +64,10 @@ class Conv2DTranspose(_Transposed, keras.layers.Conv2DTranspose):
         strides: int or tuple of 2 ints. Defaults to 1.
         padding: `"valid"` or `"same"`. Defaults to `"valid"`.
         output_padding: int or tuple of 2 ints, what is added to the output's size, or None. Defaults to None.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, height, width, channels), or with the channels second for
-            `data_format="channels_first"`.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (batch, new height, new width, filters), or with the channels second, in the compute
-        dtype.
-
-    Raises:
-        ValueError: as Keras's layer, for arguments out of range and inputs of another rank.
+        Tensor of shape (batch, new height, new width, filters), in the compute dtype.
 
     Example:
         >>> import keras_mp
@@ -105,18 +90,10 @@ class Conv3DTranspose(_Transposed, keras.layers.Conv3DTranspose):
         strides: int or tuple of 3 ints. Defaults to 1.
         padding: `"valid"` or `"same"`. Defaults to `"valid"`.
         output_padding: int or tuple of 3 ints, what is added to the output's size, or None. Defaults to None.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, depth, height, width, channels), or with the channels second for
-            `data_format="channels_first"`.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (batch, new depth, new height, new width, filters), or with the channels second, in the compute
-        dtype.
-
-    Raises:
-        ValueError: as Keras's layer, for arguments out of range and inputs of another rank.
+        Tensor of shape (batch, new depth, new height, new width, filters), in the compute dtype.
 
     Example:
         >>> import keras_mp

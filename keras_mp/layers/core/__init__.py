@@ -1,1 +1,1 @@
-"""Dense layers, embeddings, dropout and other layers of single timesteps or features."""
+"""Dense layers, embeddings, dropout, and other layers of single timesteps or features."""

@@ -12,14 +12,11 @@ __all__ = ["Average"]
 class Average(keras.layers.Average):
     """Mean of several inputs, element by element, summed in float32 and rounded once.
 
-    A drop-in for `keras.layers.Average`, with the same arguments. In float16 Keras's is inf where the sum is above
-    65504, which the mean need not be.
+    A drop-in for `keras.layers.Average`, with the same arguments. In float16 Keras's mean is inf where the sum exceeds
+    65504.
 
     Args:
-        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
-
-    Call arguments:
-        inputs: list of tensors of shapes that broadcast to each other.
+        **kwargs: `name`, `dtype` and other arguments of a Keras layer.
 
     Returns:
         Tensor in the compute dtype.
@@ -32,9 +29,9 @@ class Average(keras.layers.Average):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.autocast = False  # a float32 input is not to be cast down before the float32 computation
+        self.autocast = False  # a float32 input must not be rounded before the float32 computation
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: list[tf.Tensor]) -> tf.Tensor:
         """Takes the mean; see the class."""
         wide = str(keras.backend.result_type(self.compute_dtype, "float32"))
         return tf.cast(super().call([tf.cast(x, wide) for x in inputs]), self.compute_dtype)

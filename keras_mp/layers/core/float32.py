@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_mp._compat import keras_layers
 from keras_mp.errors import ArgumentError
 
 __all__ = ["Float32"]
@@ -13,20 +14,20 @@ __all__ = ["Float32"]
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class Float32(keras.layers.Wrapper):
-    """Runs a layer, and the layers inside it, in float32 whatever the global dtype policy is.
+    """Runs a layer, and all layers inside it, in float32 under every global dtype policy.
 
-    For a layer that 16 bits do not suit and that has no float32-safe twin here, and for the output of a model. The
-    wrapped layer's own dtype policy, and that of every layer inside it, becomes "float32".
+    Use it where half precision does not suit a layer that has no float32-safe twin here, and for a model's output. The
+    dtype policy of the wrapped layer, and of every layer inside it, becomes "float32".
 
     Args:
         layer: a Keras layer or model, not yet built or with float32 weights.
-        **kwargs: `name` and the other arguments of a Keras layer; `dtype` can only be "float32".
+        **kwargs: `name` and other arguments of a Keras layer; `dtype` can only be "float32".
 
     Call arguments:
-        inputs, *args, **kwargs: those of the wrapped layer. Floating-point tensors among them are cast to float32.
+        inputs, *args, **kwargs: arguments of the wrapped layer. Floating-point tensors are cast to float32.
 
     Returns:
-        What the wrapped layer answers, with floating-point tensors in float32.
+        The output of the wrapped layer, with floating-point tensors in float32.
 
     Raises:
         ValueError: if `layer` is not a Keras layer.
@@ -41,7 +42,7 @@ class Float32(keras.layers.Wrapper):
         tf.float32
     """
 
-    def __init__(self, layer: Any, **kwargs: Any) -> None:
+    def __init__(self, layer: keras.Layer, **kwargs: Any) -> None:
         dtype = keras.dtype_policies.get(kwargs.pop("dtype", None) or "float32")
         if dtype.name != "float32":
             raise ArgumentError(
@@ -56,7 +57,7 @@ class Float32(keras.layers.Wrapper):
         """Builds the wrapped layer; one that needs several shapes builds itself when it is called."""
         if len(inspect.signature(self.layer.build).parameters) == 1:
             super().build(input_shape)
-            self._set_policies()  # of layers that only exist once it is built
+            self._set_policies()  # some layers exist only now
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer; Keras has cast the arguments to float32 already."""
@@ -64,15 +65,15 @@ class Float32(keras.layers.Wrapper):
         return keras.tree.map_structure(_to_float32, outputs)
 
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's output shape."""
+        """Returns the wrapped layer's output shape."""
         return self.layer.compute_output_shape(*args, **kwargs)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's outputs as symbolic tensors, which also builds a layer of several inputs."""
+        """Returns the wrapped layer's symbolic outputs, and builds a layer of several inputs."""
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        """The wrapped layer's mask."""
+        """Returns the wrapped layer's mask."""
         return self.layer.compute_mask(inputs, previous_mask)
 
     def _set_policies(self) -> None:
@@ -88,20 +89,15 @@ class Float32(keras.layers.Wrapper):
 
 def _to_float32(x: Any) -> Any:
     if not keras.backend.is_float_dtype(x.dtype) or keras.backend.standardize_dtype(x.dtype) == "float32":
-        return x  # untouched, so that a mask attached to it stays
+        return x  # the same object, so that its mask stays
     return keras.ops.cast(x, "float32")
 
 
-def _with_layers_inside(layer: Any, seen: set[int]) -> Iterator[Any]:
-    """`layer` and every layer it holds, at any depth.
-
-    Keras has a public list of a model's layers and none of a layer's; its attributes hold both.
-    """
+def _with_layers_inside(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer]:
+    """Yields `layer` and every layer it holds, at any depth."""
     if id(layer) in seen:
         return
     seen.add(id(layer))
     yield layer
-    for value in list(vars(layer).values()):
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, keras.Layer):
-                yield from _with_layers_inside(item, seen)
+    for inner in keras_layers.inner_layers(layer):
+        yield from _with_layers_inside(inner, seen)

@@ -1,4 +1,4 @@
-"""Quantization of layers that stand in for Keras's, which Keras quantizes in its own classes only."""
+"""Quantization of drop-in layers. Keras quantizes its own classes only."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ __all__ = ["Quantizing"]
 
 
 class Quantizing(keras.layers.Layer):
-    """Has `quantize` do with a layer of ours what it does with the one of Keras that it is derived from.
+    """A drop-in layer that `quantize` treats as the Keras layer it is derived from.
 
-    A class of a user's that is derived from it is refused, as Keras refuses one derived from its own.
+    It refuses a user's class derived from the drop-in, as Keras refuses one derived from its own layer.
     """
 
-    def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:
+    def quantize(self, mode: str | None = None, type_check: bool = True, **kwargs: Any) -> None:
         """Quantizes the weights, as in Keras.
 
         Args:
-            mode: "int8", "int4", "float8" or another of Keras's.
+            mode: "int8", "int4", "float8" or another mode of Keras.
             type_check: whether to refuse a layer of a derived class.
             **kwargs: `config`, as in Keras.
         """

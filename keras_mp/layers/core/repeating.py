@@ -1,8 +1,7 @@
 """Layers that repeat their input, with gradients summed in float32."""
 
-from typing import Any
-
 import keras
+import tensorflow as tf
 
 from keras_mp.layers.resizing import repeat
 
@@ -13,15 +12,12 @@ __all__ = ["RepeatVector", "UpSampling1D", "UpSampling3D"]
 class RepeatVector(keras.layers.RepeatVector):
     """Repeats a vector `n` times, with a gradient summed in float32.
 
-    A drop-in for `keras.layers.RepeatVector`, with the same arguments. In float16 TensorFlow's sum of the gradients of
-    the copies stands still at 2048 of them.
+    A drop-in for `keras.layers.RepeatVector`, with the same arguments. In float16 TensorFlow's sum of the copies'
+    gradients stops growing at 2048 of them.
 
     Args:
         n: int, number of copies.
-        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
-
-    Call arguments:
-        inputs: tensor of shape (batch, features).
+        **kwargs: `name`, `dtype` and other arguments of a Keras layer.
 
     Returns:
         Tensor of shape (batch, n, features), in the compute dtype.
@@ -32,20 +28,20 @@ class RepeatVector(keras.layers.RepeatVector):
         [[[1.0, 2.0], [1.0, 2.0]]]
     """
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Repeats; see the class."""
         return repeat(inputs[:, None], (1, self.n, 1))
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class UpSampling1D(keras.layers.UpSampling1D):
-    """Repeats each step of a sequence, with a gradient summed in float32.
+    """Repeats each timestep of a sequence, with a gradient summed in float32.
 
     A drop-in for `keras.layers.UpSampling1D`, with the same arguments; see `RepeatVector`.
 
     Args:
-        size: int, copies of each step. Defaults to 2.
-        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
+        size: int, copies of each timestep. Defaults to 2.
+        **kwargs: `name`, `dtype` and other arguments of a Keras layer.
 
     Example:
         >>> import keras_mp
@@ -54,7 +50,7 @@ class UpSampling1D(keras.layers.UpSampling1D):
         [1.0, 1.0, 2.0, 2.0]
     """
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Repeats; see the class."""
         return repeat(inputs, (1, self.size, 1))
 
@@ -68,7 +64,7 @@ class UpSampling3D(keras.layers.UpSampling3D):
     Args:
         size: int, or a tuple of three. Defaults to (2, 2, 2).
         data_format: "channels_last" or "channels_first". Defaults to `keras.config.image_data_format()`.
-        **kwargs: `name`, `dtype` and the other arguments of a Keras layer.
+        **kwargs: `name`, `dtype` and other arguments of a Keras layer.
 
     Example:
         >>> import keras_mp
@@ -76,6 +72,6 @@ class UpSampling3D(keras.layers.UpSampling3D):
         TensorShape([1, 4, 4, 4, 1])
     """
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Repeats; see the class."""
         return repeat(inputs, (1, 1, *self.size) if self.data_format == "channels_first" else (1, *self.size, 1))

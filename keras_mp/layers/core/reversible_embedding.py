@@ -2,16 +2,14 @@
 
 import functools
 import sys
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_mp._compat import execution, keras_layers, keras_variables
 from keras_mp.layers.core.embedding import rows_of
-from keras_mp.layers.core.head import matmul
 from keras_mp.layers.core.quantizing import Quantizing
-from keras_mp.ops.matmul import are_wide
+from keras_mp.ops import matmul
 
 __all__ = ["ReversibleEmbedding", "twin_for_keras_hub"]
 
@@ -20,24 +18,18 @@ __all__ = ["ReversibleEmbedding", "twin_for_keras_hub"]
 class ReversibleEmbedding(Quantizing, keras.layers.ReversibleEmbedding):
     """An embedding whose logits, with `reverse=True`, are float32 sums of 16-bit products.
 
-    A drop-in for `keras.layers.ReversibleEmbedding`, with the same arguments and weights. Rows are read as by
-    `Embedding` here. In reverse it is a `Head`: the products are in 16 bits, their sums, the logits, are float32 and
-    not rounded, so that words that bfloat16 cannot tell apart do not tie. `logit_soft_cap` is applied in float32.
+    A drop-in for `keras.layers.ReversibleEmbedding`, with the same arguments and weights. It reads rows like
+    `keras_mp.layers.Embedding`. In reverse it computes logits like `Head`: the sums are float32 and not rounded, so
+    words that bfloat16 cannot tell apart do not tie. `logit_soft_cap` is applied in float32.
 
     Args:
         input_dim: int, number of words.
         output_dim: int, length of a row.
-        tie_weights, mask_zero, logit_soft_cap: as in Keras.
-        reverse_dtype: dtype of the products in reverse; by default the compute dtype.
-        **kwargs: the other arguments of Keras's layer.
-
-    Call arguments:
-        inputs: tensor of whole numbers; in reverse, tensor of shape (..., output_dim).
-        reverse: bool, whether to make logits.
+        **kwargs: other arguments of Keras's layer.
 
     Returns:
-        Tensor of shape (..., output_dim) in the compute dtype; in reverse of shape (..., input_dim), float32 (float64
-        under that policy).
+        Tensor of shape (..., output_dim) in the compute dtype. In reverse, tensor of shape (..., input_dim) in float32
+        (float64 under that policy).
 
     Example:
         >>> import keras_mp
@@ -49,8 +41,8 @@ class ReversibleEmbedding(Quantizing, keras.layers.ReversibleEmbedding):
     Press and Wolf, "Using the Output Embedding to Improve Language Models", 2016, https://arxiv.org/abs/1608.05859.
     """
 
-    def call(self, inputs: Any, reverse: bool = False) -> Any:
-        """Looks rows up or makes logits; see the class."""
+    def call(self, inputs: tf.Tensor, reverse: bool = False) -> tf.Tensor:
+        """Looks up rows or computes logits; see the class."""
         if not reverse:
             rows = rows_of(self, inputs)
             if rows is None:
@@ -62,15 +54,15 @@ class ReversibleEmbedding(Quantizing, keras.layers.ReversibleEmbedding):
         if dtype.size != 2:
             return tf.cast(super().call(inputs, reverse=True), self._logits_dtype())
         x, table = tf.cast(inputs, dtype), tf.cast(_stored(table), dtype)
-        wide = execution.recording() and are_wide(dtype)
         flat = tf.reshape(x, [-1, self.output_dim])
-        logits = matmul(flat, table, False, self.tie_weights, tf.float32, wide)
+        where = execution.current()
+        logits = matmul.with_float32_sums(flat, table, False, self.tie_weights, tf.float32, where)
         logits = tf.reshape(logits, [*keras.ops.shape(x)[:-1], self.input_dim])
         cap = self.logit_soft_cap
         return logits if cap is None else tf.tanh(logits / cap) * cap
 
-    def compute_output_spec(self, inputs: Any, reverse: bool = False) -> Any:
-        """The output as a symbolic tensor, of which Keras would say that it has the compute dtype."""
+    def compute_output_spec(self, inputs: keras.KerasTensor, reverse: bool = False) -> keras.KerasTensor:
+        """Returns the symbolic output. Keras would give it the compute dtype also in reverse."""
         spec = super().compute_output_spec(inputs, reverse)
         return keras.KerasTensor(spec.shape, dtype=self._logits_dtype()) if reverse else spec
 
@@ -79,9 +71,9 @@ class ReversibleEmbedding(Quantizing, keras.layers.ReversibleEmbedding):
 
 
 def twin_for_keras_hub() -> "tuple[type, type] | None":
-    """KerasHub's class of that name and its twin, where KerasHub is imported and has one of its own.
+    """Returns KerasHub's own `ReversibleEmbedding` and its twin; None if KerasHub is not imported or has no such class.
 
-    KerasHub's models are made of it, and not of Keras's.
+    KerasHub's models use it in place of Keras's.
     """
     hub = getattr(sys.modules.get("keras_hub"), "layers", None)
     stock = getattr(hub, "ReversibleEmbedding", keras.layers.ReversibleEmbedding)
@@ -95,5 +87,5 @@ def _twin(stock: type) -> type:
     return keras.saving.register_keras_serializable("keras_mp", "KerasHubReversibleEmbedding")(twin)
 
 
-def _stored(weight: Any) -> Any:
+def _stored(weight: "keras.Variable | tf.Tensor") -> "tf.Variable | tf.Tensor":
     return keras_variables.uncast(weight) if isinstance(weight, keras.Variable) else weight

@@ -1,4 +1,4 @@
-"""Variables as inputs: each layer here takes them for what they hold, with gradients, as Keras's layers do."""
+"""Variables as inputs: each layer here reads their values, with gradients, as Keras's layers do."""
 
 import functools
 from typing import Any
@@ -14,13 +14,13 @@ _VARIABLES = (tf.Variable, keras.Variable, tf.distribute.DistributedValues)
 
 
 def taking_variables(cls: type) -> None:
-    """Has a layer's call, and that of its subclasses, read variables among its arguments before anything else.
+    """Makes calls of a layer, and of its subclasses, read variables among their arguments first.
 
-    Keras passes a TensorFlow variable on as it is. It is no `tf.Tensor`: `x -= 1` fails, and a tape takes what it is
-    read to for another tensor; a Keras variable names its dtype by a string.
+    Keras passes a TensorFlow variable on. But `x -= 1` fails for a variable, and a tape takes its value for another
+    tensor. A Keras variable names its dtype by a string.
 
     Args:
-        cls: a layer's class.
+        cls: class of a layer.
     """
     call = cls.__call__
 

@@ -84,7 +84,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         by_batch = bool(training) and self.trainable
         if not by_batch:
             mask = None  # the moving statistics are the same for all elements
-        elif getattr(self, "renorm", False):  # Keras 3.12, the last for Python 3.10, has none
+        elif self.renorm:
             return super().call(x, training=training, mask=mask)
 
         fused = (

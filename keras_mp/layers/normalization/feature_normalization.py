@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_mp._compat import keras_layer_parts
 from keras_mp.ops import fusion
 
 __all__ = ["Normalization"]
@@ -66,7 +67,7 @@ class Normalization(keras.layers.Normalization):
         super().build(input_shape)
         if input_shape is not None and self.input_mean is not None:
             self.mean, self.variance = (
-                self._constant(np.broadcast_to(np.asarray(value, "float64"), self._mean_and_var_shape))
+                self._constant(np.broadcast_to(np.asarray(value, "float64"), keras_layer_parts.kept_shapes(self)[0]))
                 for value in (self.input_mean, self.input_variance)
             )
 
@@ -81,7 +82,7 @@ class Normalization(keras.layers.Normalization):
         # the batches of a data set is in the compute dtype, and fails where that is not float32.
         of_batch = keras.layers.Normalization(axis=self.axis, dtype="float64")
         if self.built:
-            of_batch.build(self._build_input_shape)
+            of_batch.build(keras_layer_parts.shape_built_for(self))
         total, mean, variance = 0, np.zeros([]), np.zeros([])
         for batch in _batches(data):
             array = batch if batch.dtype == np.float64 else batch.astype("float64")
@@ -89,14 +90,14 @@ class Normalization(keras.layers.Normalization):
                 continue
             of_batch.adapt(array)
             batch_mean, batch_variance = of_batch.adapt_mean.numpy(), of_batch.adapt_variance.numpy()
-            count = math.prod(array.shape[axis] for axis in of_batch._reduce_axis)
+            count = math.prod(array.shape[axis] for axis in keras_layer_parts.reduced_axes(of_batch))
             total += count
             share = count / total
             apart = batch_mean - mean
             mean = mean + share * apart
             variance = (1 - share) * variance + share * (batch_variance + (1 - share) * apart**2)
             if not self.built:
-                self.build(of_batch._build_input_shape)
+                self.build(keras_layer_parts.shape_built_for(of_batch))
         if not total:
             raise ValueError(
                 "adapt() received an empty iterable (no batches). Expected at least one batch. Pass a non-empty "
@@ -138,7 +139,7 @@ class Normalization(keras.layers.Normalization):
     def _constant(self, statistic: Any) -> Any:
         """A statistic of the kept axes as a constant that broadcasts to the input, wide enough for any of them."""
         with tf.init_scope():  # the layer may be built inside a function's graph, and outlives it
-            return tf.constant(np.reshape(statistic, self._broadcast_shape), "float64")
+            return tf.constant(np.reshape(statistic, keras_layer_parts.kept_shapes(self)[1]), "float64")
 
 
 def _batches(data: Any) -> Iterator[Any]:

@@ -108,7 +108,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
     def build(self, input_shape: Any) -> None:
         """Creates `scale`."""
         self.compute_output_shape(input_shape)  # Keras's words for an axis that is out of bounds
-        # As Keras's, but in Keras 3.12 also for a tuple, and never rounded to 16 bits.
+        # As Keras's, but never rounded to half precision.
         self.axis = sorted(self.axis) if isinstance(self.axis, (list, tuple)) else [self.axis]
         shape = tuple(input_shape[axis] for axis in self.axis)
         self.scale = self.add_weight(name="scale", shape=shape, initializer="ones", autocast=False)
@@ -164,7 +164,7 @@ class GroupNormalization(keras.layers.GroupNormalization):
     """
 
     def __init__(self, groups: int = 32, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(groups, int) or (groups <= 0 and groups != -1):  # as Keras words it; Keras 3.12 does not ask
+        if not isinstance(groups, int) or (groups <= 0 and groups != -1):  # as Keras words it
             raise ValueError(
                 "Received an invalid value for argument `groups`, expected a positive integer (or `-1` for instance "
                 f"normalization). Received: groups={groups}"
@@ -187,7 +187,7 @@ class GroupNormalization(keras.layers.GroupNormalization):
         rank = len(inputs.shape)
         channels = self.axis % rank
         axes = tuple(axis for axis in range(1, rank) if axis != channels)
-        # Uncast: Keras 3.12 would hand them over in 16 bits where the layer is called on its own, and not in a model.
+        # Uncast, in a model and on its own.
         given = {"gamma": self.gamma, "beta": self.beta}
         weights = {name: keras_variables.uncast(weight) for name, weight in given.items() if weight is not None}
         return _normalize(self, inputs, weights, axes=axes, groups=(channels, self.groups))

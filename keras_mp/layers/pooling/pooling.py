@@ -39,7 +39,7 @@ class _AveragePooling(keras.layers.Layer):
         self.autocast = False  # a float32 input is not to be cast down before the float32 computation
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """The shape of the means, or Keras's words for a window that does not fit, which Keras 3.12 lets pass."""
+        """Returns the shape of the means, or raises Keras's error for a window that does not fit."""
         spatial = input_shape[1:-1] if self.data_format == "channels_last" else input_shape[2:]
         fits = all(n is None or n >= window for n, window in zip(spatial, self.pool_size, strict=True))
         if self.padding == "valid" and not fits:

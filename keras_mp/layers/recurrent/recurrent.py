@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, keras_variables
+from keras_mp._compat import execution, keras_layer_parts, keras_variables
 from keras_mp.ops import fusion, matmul
 
 __all__ = [
@@ -317,7 +317,7 @@ class WideStates:
                 "- If using the functional API, specify the time dimension by passing a `shape` or `batch_shape` "
                 "argument to your `Input()`."
             )
-        expected = self._expected_batch_size if self.stateful else None
+        expected = keras_layer_parts.expected_batch_size(self) if self.stateful else None
         if expected is not None and sequences.shape[0] not in (None, expected):
             raise ValueError(
                 "If an RNN is stateful, the batch size of the input sequences must be the same as the batch size of "
@@ -336,13 +336,13 @@ class WideStates:
         mask = _checked_mask(mask[0] if isinstance(mask, (list, tuple)) else mask, sequences)
 
         # The random masks are drawn before the loop, once for all steps.
-        self._maybe_config_dropout_masks(self.cell, sequences[:, 0, :], initial_state)
+        keras_layer_parts.config_dropout_masks(self, self.cell, sequences[:, 0, :], initial_state)
         unroll, self.unroll = self.unroll, self.unroll or self._is_followed_in_graph(sequences, initial_state)
         last_output, outputs, states = self.inner_loop(
             sequences=sequences, initial_state=initial_state, mask=mask, training=training
         )
         self.unroll = unroll
-        self._maybe_reset_dropout_masks(self.cell)
+        keras_layer_parts.reset_dropout_masks(self, self.cell)
         states = list(states)
         if self.stateful:
             with keras_variables.without_autocast():

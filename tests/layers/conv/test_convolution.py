@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.ops import conv_gradients
-from tests.contract.layer_contract import POLICIES, Case, check_contract, checked
+from tests.contract.layer_contract import POLICIES, Case, contract
 from tests.helpers.derivatives import early_operations
 
 
@@ -63,9 +63,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def derivatives(layer, x, upstream, compile_by):
@@ -86,8 +86,14 @@ def derivatives(layer, x, upstream, compile_by):
     return compile_by(run)(x, upstream)
 
 
-@pytest.mark.parametrize("compile_by", [lambda run: run, tf.function], ids=["eager", "graph"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "compile_by"),
+    [
+        pytest.param(name, compile_by, id=f"{name}-{how}", marks=() if number % 2 == order else pytest.mark.slow)
+        for number, name in enumerate(CASES)
+        for order, (how, compile_by) in enumerate({"graph": tf.function, "eager": lambda run: run}.items())
+    ],
+)
 def test_first_and_second_derivatives_are_tensorflows(name, compile_by):
     ours, stock = CASES[name].ours(), CASES[name].stock()
     (shape,) = CASES[name].shapes
@@ -289,8 +295,14 @@ def test_stock_no_rows_have_the_shape_of_others(name):
     assert layer(tf.zeros((0, *shape[1:]))).shape == (0, *layer(tf.ones(shape)).shape[1:])
 
 
-@pytest.mark.parametrize(("policy", "known"), [("mixed_bfloat16", True), ("float64", False)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "policy", "known"),
+    [
+        pytest.param(name, policy, known, marks=() if number % 2 == known else pytest.mark.slow)
+        for number, name in enumerate(CASES)
+        for policy, known in (("mixed_bfloat16", True), ("float64", False))
+    ],
+)
 def test_a_replica_without_rows_leaves_the_step_to_the_others(name, policy, known, mirrored):
     strategy = mirrored(2)
     (shape,) = CASES[name].shapes

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked
+from tests.contract.layer_contract import Case, assert_close, contract
 from tests.helpers.derivatives import executed_products
 
 
@@ -29,9 +29,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 BIASED = {

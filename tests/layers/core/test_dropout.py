@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked
+from tests.contract.layer_contract import Case, assert_close, contract
 
 LAYERS = {
     "Dropout": ((4, 3, 10), {"rate": 0.3}),
@@ -42,9 +42,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def drawn(layer, x, upstream, run_by, times=2):

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import POLICIES, Case, assert_close, check_contract
+from tests.contract.layer_contract import POLICIES, Case, assert_close, contract
 
 CASES = {
     "Float32": Case(
@@ -20,10 +20,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

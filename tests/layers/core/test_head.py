@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 
 CASES = {
     "Head": Case(lambda: layers.Head(3), lambda: keras.layers.Dense(3), [(4, 5)], output_dtype="float32"),
@@ -33,12 +33,9 @@ CASES = {
 
 
 # In float64 LoRA's weights are float32, in the stock layer too, so that case is not one for this policy.
-@pytest.mark.parametrize(
-    ("name", "policy"),
-    [(name, policy) for name in CASES for policy in POLICIES if (name, policy) != ("lora", "float64")],
-)
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES, lambda name, policy: (name, policy) != ("lora", "float64"))
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 from tests.helpers.derivatives import early_operations
 
 MASK = np.array([[True, False, True, True, False], [True, True, True, False, False]])
@@ -63,9 +63,9 @@ if "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters:  #
     )
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def batch_normalization_above_float16(layer):

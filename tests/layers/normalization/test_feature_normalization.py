@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.contract.layer_contract import POLICIES, Case, assert_close, check_contract, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 
 
 class StockNormalization(keras.layers.Normalization):
@@ -36,10 +36,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 INCOMES = np.array([[30000.0, 1.0], [70000.0, 2.0], [140000.0, 6.0]], "float32")

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.errors import ArgumentError
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 
 CASES = {
     "LayerNormalization": Case(layers.LayerNormalization, keras.layers.LayerNormalization, [(4, 3, 5)]),
@@ -53,9 +53,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 @pytest.mark.parametrize(

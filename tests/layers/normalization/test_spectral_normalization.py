@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.contract.layer_contract import POLICIES, Case, check_contract
+from tests.contract.layer_contract import Case, contract
 
 
 def wrapped(wrapper, make, **arguments):
@@ -37,10 +37,9 @@ def cases():
 CASES = dict(cases())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def kernel_after_steps(wrapper, policy):

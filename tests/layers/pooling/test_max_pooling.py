@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import POLICIES, Case, check_contract
+from tests.contract.layer_contract import POLICIES, Case, contract
 
 
 def case(name, shape, *args, **kwargs):
@@ -26,15 +26,14 @@ CASES = {
 }
 
 
-# TensorFlow has no kernel for 3D windows of float64 on a CPU, nor of float16, which the stock layer could be asked in.
-CHECKED = [
-    (name, policy) for name in CASES for policy in POLICIES if name != "3D" or policy in ("float32", "mixed_bfloat16")
-]
+def stock_can(name, policy):
+    """TensorFlow has no kernel for 3D windows of float64 on a CPU, nor of float16."""
+    return name != "3D" or policy in ("float32", "mixed_bfloat16")
 
 
-@pytest.mark.parametrize(("name", "policy"), CHECKED)
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES, stock_can)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def test_3d_windows_in_float16_are_those_in_float32():
@@ -61,7 +60,9 @@ def test_stock_3d_windows_run_in_float16():
         raise AssertionError(str(error)) from None
 
 
-@pytest.mark.parametrize(("name", "policy"), CHECKED)
+@pytest.mark.parametrize(
+    ("name", "policy"), [(name, policy) for name in CASES for policy in POLICIES if stock_can(name, policy)]
+)
 def test_no_rows_have_no_gradient(name, policy):
     keras.config.set_dtype_policy(policy)
     layer, (shape,) = CASES[name].ours(), CASES[name].shapes
@@ -89,7 +90,7 @@ def test_stock_no_rows_have_no_gradient():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", [pytest.param("float32", marks=pytest.mark.slow), "mixed_bfloat16"])
 def test_a_last_batch_of_one_row_trains_two_replicas_as_one_device(policy, mirrored):
     """The second is given no rows of it, which end Keras's layers with errors or with the process."""
     generator = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.ops import windows
-from tests.contract.layer_contract import POLICIES, Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import POLICIES, Case, assert_close, contract, gradients
 
 MASK = np.array([[True, False, True, True, False], [False, False, True, False, False]] * 2)
 
@@ -58,9 +58,9 @@ def stock_can(name, policy):
     return not (name.startswith("3D") and policy == "float64")
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES, stock_can))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES, stock_can)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 # Half a unit in the last place, and the error of 60,000 sums in float32.

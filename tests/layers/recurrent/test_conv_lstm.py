@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked
+from tests.contract.layer_contract import Case, assert_close, contract
 
 
 def case(name, shape, **arguments):
@@ -39,15 +39,15 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES)
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_contract_in_bfloat16(name, tmp_path, mirrored):
-    check_contract(SLOW[name], "mixed_bfloat16", tmp_path, mirrored(2))
+@contract(SLOW, lambda name, policy: policy == "mixed_bfloat16")
+def test_contract_in_bfloat16(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def check_memory(of, policy):

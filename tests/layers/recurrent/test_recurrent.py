@@ -9,9 +9,8 @@ import tensorflow as tf
 
 import keras_mp
 from keras_mp import layers
-from tests.contract.layer_contract import Case, assert_close, check_contract, checked, gradients
+from tests.contract.layer_contract import Case, assert_close, contract, gradients
 
-QUICK = ("last", "sequences")
 NAMES = ("LSTM", "GRU", "SimpleRNN")
 
 
@@ -68,9 +67,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), checked(CASES, firsts=[name for name in CASES if name.endswith(QUICK)]))
-def test_contract(name, policy, tmp_path, mirrored):
-    check_contract(CASES[name], policy, tmp_path, mirrored(2))
+@contract(CASES, firsts=["LSTM, last", "GRU, sequences", "SimpleRNN, backwards", "RNN of LSTMCell"])
+def test_contract(check, tmp_path, mirrored):
+    check(tmp_path, mirrored(2))
 
 
 def rounded(x):
@@ -122,7 +121,7 @@ def check_long_sequence(make, name, policy):
     layer = make(8, return_sequences=True, dtype=policy)
     layer.build(x.shape)
     layer.set_weights(weights)
-    y = layer(tf.cast(x, layer.compute_dtype))
+    y = tf.function(layer)(tf.cast(x, layer.compute_dtype))
     # Stock: 0.5 (LSTM) and 0.13 (GRU) in bfloat16, 0.03 and 0.011 in float16.
     assert_close(y, expected, {"mixed_bfloat16": 3e-2, "mixed_float16": 3e-3, "float32": 1e-5}[policy])
 
@@ -164,7 +163,7 @@ def test_stacked_cells_keep_their_float32_states(stacked):
     layer = layers.RNN(cell, return_sequences=True, return_state=True, dtype="mixed_bfloat16")
     layer.build(x.shape)
     layer.set_weights([np.eye(4), np.zeros((4, 4)), *weights])
-    y, *_ = layer(x)
+    y, *_ = tf.function(layer)(tf.constant(x))
     assert_close(y, in_numpy("LSTM", x, *weights)[0], 3e-2)
 
 
@@ -400,7 +399,7 @@ def test_sequences_of_any_length_and_batch(name):
             assert_close(value, expected[path], 1e-5, path)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_learns_as_stock_float32_does(jit_compile):
     """The sign of the sum of 40 small numbers, by `fit`, with masks."""
     rng = np.random.default_rng(0)

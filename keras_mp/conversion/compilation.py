@@ -1,5 +1,6 @@
 """Compiles the copy of a model as the model is, with optimizers that go on from the same state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,15 +16,15 @@ __all__ = ["compile_alike"]
 
 
 def compile_alike(model: keras.Model, copy: keras.Model, rebuild: Rebuild, keeps_wrapper: bool = False) -> None:
-    """Compiles the copy of a model, and those of models in it, and sets the optimizers that attributes hold.
+    """Compiles the copy of a model and the models in it, and sets the optimizers that attributes hold.
 
     Args:
         model: a Keras model.
         copy: its copy.
         rebuild: what has made the copy.
-        keeps_wrapper: whether an optimizer is wrapped as it was, and not as the dtypes of the copy need it.
+        keeps_wrapper: whether an optimizer stays wrapped as it was. Otherwise the dtypes of the copy decide.
     """
-    made: dict[int, Any] = {}
+    made: dict[int, keras.optimizers.Optimizer] = {}
 
     def carry(optimizer: keras.optimizers.Optimizer, owner: keras.Model = copy) -> keras.optimizers.Optimizer:
         if id(optimizer) not in made:
@@ -36,7 +37,9 @@ def compile_alike(model: keras.Model, copy: keras.Model, rebuild: Rebuild, keeps
     rebuild.set_optimizers(carry)
 
 
-def _compile(model: keras.Model, copy: keras.Model, rebuild: Rebuild, carry: Any) -> None:
+def _compile(
+    model: keras.Model, copy: keras.Model, rebuild: Rebuild, carry: Callable[..., keras.optimizers.Optimizer]
+) -> None:
     arguments = keras_models.compile_arguments(model)
     loss = arguments["loss"]
     for name in ("metrics", "weighted_metrics"):
@@ -93,7 +96,7 @@ _FACTOR = "factor_without_wrapper"
 
 
 def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The arguments of a wrapper, without those of the optimizer in it, which need not have a configuration."""
+    """Returns the arguments of a wrapper, without its inner optimizer, which may have no configuration."""
     inner, optimizer.inner_optimizer = optimizer.inner_optimizer, keras.optimizers.SGD()
     try:
         return optimizer.get_config()
@@ -102,7 +105,7 @@ def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
 
 
 def _assign_state(wrapper: keras.optimizers.Optimizer, other: keras.optimizers.Optimizer) -> None:
-    """Gives a wrapper the state of another, of which Keras's own has less than ours."""
+    """Gives a wrapper the state of another. Keras's own wrapper has less state than ours."""
     inner = {id(variable) for each in (wrapper, other) for variable in each.inner_optimizer.variables}
     values = {variable.name: variable for variable in other.variables if id(variable) not in inner}
     for variable in wrapper.variables:

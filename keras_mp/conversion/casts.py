@@ -1,7 +1,7 @@
-"""What `convert` puts into a model besides layers' twins: casts, and float32 around what must not be done in 16 bits.
+"""The casts that `convert` inserts into a model: of outputs, of losses, and around operations that need float32.
 
-All of it is taken out again on the way back to float32. What stands in a model's configuration is registered with
-Keras, so that it comes back from a file.
+A conversion back to float32 takes them out again. The classes that can stand in a model's configuration are registered
+with Keras, so that they come back from a file.
 """
 
 import inspect
@@ -80,12 +80,12 @@ class UncastInputs(keras.dtype_policies.DTypePolicy):
     """
 
     def convert_input(self, x: Any, autocast: bool, dtype: Any) -> Any:
-        """Converts an input to a tensor: floats of 16 bits to `dtype`, all others to float32."""
+        """Converts an input to a tensor: 16-bit floats to `dtype`, all others to float32."""
         return super().convert_input(x, autocast, dtype if is_narrow(x) else "float32")
 
 
-# What sums, divides, exponentiates or compares, as in torch.amp's list of float32 operations. The first return less
-# than they are given, so that nothing is gained by a cast; the second may leave the range of float16.
+# Operations that sum, divide, exponentiate or compare, as in torch.amp's list of float32 operations. The first return
+# fewer numbers than they get, so a cast back gains nothing. The second may leave the range of float16.
 _REDUCTIONS = frozenset(
     [
         "Sum", "Mean", "Var", "Std", "Norm", "Logsumexp", "Prod", "Moments", "Nansum", "Nanmean", "Nanvar",
@@ -126,10 +126,10 @@ class Float32Operation(keras.Operation):
         name: the operation's name.
 
     Call arguments:
-        *args, **kwargs: those of the operation. 16-bit floats among them are cast to float32.
+        *args, **kwargs: the arguments of the operation. 16-bit floats among them are cast to float32.
 
     Returns:
-        What the operation returns.
+        The operation's outputs.
 
     Example:
 
@@ -235,7 +235,7 @@ def _to_float(x: Any, dtype: str) -> Any:
 
 
 class _OfOneLayer:
-    """Takes the place of a method of one layer, which Keras finds before that of the class."""
+    """Takes the place of a method of one layer. Keras finds it before the method of the class."""
 
     def __init__(self, layer: keras.Layer, method: str, dtype: str, around: Callable[..., Any]) -> None:
         self.layer, self.method, self.dtype, self.around = layer, method, dtype, around
@@ -262,10 +262,10 @@ def _add_loss(method: Any, layer: keras.Layer, dtype: str, loss: Any) -> None:
 
 
 def cast_outputs(layer: keras.Layer, dtype: str) -> None:
-    """Has one layer return another dtype than it computes in, as the code expects that calls it.
+    """Makes one layer return another dtype than it computes in, as the code around it expects.
 
-    TensorFlow adds no float32 number to a 16-bit one, so in the code of a layer or model that holds this one its output
-    must be of the dtype of the others'. A class of its own, or a wrapper, would change the layer's name in files.
+    TensorFlow adds no float32 tensor to a 16-bit one. In the code of a layer or model that holds this one, its output
+    must have the dtype of the others. A new class or a wrapper would change the layer's name in files.
 
     Args:
         layer: a layer.
@@ -281,7 +281,7 @@ def cast_outputs(layer: keras.Layer, dtype: str) -> None:
 
 
 def cast_losses(layer: keras.Layer) -> None:
-    """Has one layer add its losses in float32, to which Keras can add those of others.
+    """Makes one layer add its losses in float32, so that Keras can add the losses of others to them.
 
     Args:
         layer: a layer.
@@ -290,7 +290,7 @@ def cast_losses(layer: keras.Layer) -> None:
 
 
 def output_cast(layer: keras.Layer) -> str | None:
-    """The dtype that `cast_outputs` has given a layer's outputs, or None."""
+    """Returns the dtype that `cast_outputs` has given to a layer's outputs, or None."""
     found = vars(layer).get("call")
     return found.dtype if isinstance(found, _OfOneLayer) else None
 
@@ -301,5 +301,5 @@ def casts_losses(layer: keras.Layer) -> bool:
 
 
 def inserted_attributes(layer: keras.Layer) -> set[str]:
-    """The attributes that the functions above have set on a layer, which a copy of it does not take over."""
+    """Returns the attributes that the functions above have set on a layer. A copy does not take them over."""
     return {name for name, value in vars(layer).items() if isinstance(value, _OfOneLayer)}
