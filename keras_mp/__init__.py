@@ -13,9 +13,10 @@ if _program == "keras-mp" or (_program == "-m" and "keras_mp" in _sys.orig_argv)
     _quiet.start()
 
 from keras_mp import _compat  # noqa: F401  # isort: skip  (first: explains a missing TensorFlow)
-from keras_mp import activations, errors, hardware, layers, losses
+from keras_mp import activations, diagnostics, errors, hardware, layers, losses
 from keras_mp.conversion.convert import convert
 from keras_mp.conversion.load_model import load_model
+from keras_mp.diagnostics import PrecisionMonitor, compare, diagnose, locate_nonfinite
 from keras_mp.distribution.strategies import strategy
 from keras_mp.exporting.export import export
 from keras_mp.exporting.verification import ExportReport, verify_export
@@ -35,15 +36,20 @@ __all__ = [
     "LossScaleOptimizer",
     "Model",
     "PolicyMap",
+    "PrecisionMonitor",
     "Tuning",
     "activations",
+    "compare",
     "convert",
     "detect",
+    "diagnose",
+    "diagnostics",
     "errors",
     "export",
     "hardware",
     "layers",
     "load_model",
+    "locate_nonfinite",
     "losses",
     "needs_loss_scaling",
     "policy_scope",

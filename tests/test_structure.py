@@ -30,6 +30,7 @@ ORDER = [
     "optimizers",
     "training",
     "conversion",
+    "diagnostics",
     "tuning",
     "exporting",
     "cli",
@@ -298,7 +299,7 @@ def test_gradients_of_ones_own_and_static_shapes_go_through_fusion(path):
 
 # --- the public face -------------------------------------------------------------------------------------------------
 
-PUBLIC_MODULES = {"activations", "errors", "hardware", "layers", "losses"}
+PUBLIC_MODULES = {"activations", "diagnostics", "errors", "hardware", "layers", "losses"}
 
 
 def test_all_names_what_is_public():

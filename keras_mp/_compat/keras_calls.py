@@ -16,7 +16,25 @@ from tensorflow.python.ops.control_flow_util_v2 import in_while_loop_defun as _i
 # `tf.Variable` asks the creators of a strategy, which make one variable for all replicas; this class asks none.
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable as _ResourceVariable
 
+from keras_mp._compat.replacing import replaced
+
 __all__ = ["calls_through", "in_loop", "in_symbolic_call", "plain_variable"]
+
+
+_call = keras.Operation.__call__
+
+# What the open blocks do with inputs and outputs, the outermost first.
+_followers: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+
+
+def _call_through(self: keras.Operation, *args: Any, **kwargs: Any) -> Any:
+    followers = list(_followers)
+    for before, _ in reversed(followers):
+        args, kwargs = before(self, (args, kwargs))
+    outputs = _call(self, *args, **kwargs)
+    for _, after in followers:
+        outputs = after(self, outputs)
+    return outputs
 
 
 @contextlib.contextmanager
@@ -26,23 +44,19 @@ def calls_through(
     """Inside, in every thread, the inputs and outputs of each call of a layer or operation are replaced.
 
     Replicas are traced in threads of their own, so the change is one for the process. Code that is traced inside keeps
-    what was put in; code that was traced before has nothing of it.
+    the replacements; code that was traced before has none.
 
     Args:
         before: gets the layer or operation and its arguments `(args, kwargs)`, and returns others.
         after: gets the layer or operation and its outputs, and returns others.
     """
-    call = keras.Operation.__call__
-
-    def call_through(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = before(self, (args, kwargs))
-        return after(self, call(self, *args, **kwargs))
-
-    keras.Operation.__call__ = call_through
-    try:
-        yield
-    finally:
-        keras.Operation.__call__ = call
+    follower = (before, after)
+    with replaced(keras.Operation, __call__=_call_through):
+        _followers.append(follower)
+        try:
+            yield
+        finally:
+            _followers.remove(follower)
 
 
 def plain_variable(value: Any) -> tf.Variable:

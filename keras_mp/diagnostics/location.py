@@ -115,8 +115,8 @@ def locate_nonfinite(model: keras.Model, batch: Any) -> Location | None:
                 reason = (
                     f"{name.capitalize()} {number} holds {count:,} of {tf.size(each):,} numbers that are not finite."
                 )
-                found = _magnitude(model.name, "input", each.dtype.name, tuple(each.shape), Statistics.of(each))
-                return Location(model.name, "input", count, 1.0, False, reason, (found,))
+                bad = _magnitude(model.name, "input", each.dtype.name, tuple(each.shape), Statistics.of(each))
+                return Location(model.name, "input", count, 1.0, False, reason, (bad,))
     if (weight := _bad_weight(model)) is not None:
         return weight
     scale = _loss_scale(model)
@@ -164,11 +164,11 @@ def _first(model: keras.Model, found: passes.Pass, scale: float) -> Location | N
     outputs = [(tap, each) for tap, each in found.taps.items() if tap.what == "output"]
     for place, (tap, each) in enumerate(outputs):
         if each.nonfinite:
-            before = [_of(*pair) for pair in outputs[max(0, place - _LAST) : place + 1]]
+            before = tuple(_of(*pair) for pair in outputs[max(0, place - _LAST) : place + 1])
             reason = f"The output of {tap.path} ({tap.dtype}) is the first that is not finite: {_kinds(each)}."
             if tap.dtype == "float16" and each.infinities and not each.nans:
                 reason += " float16 ends at 65504; bfloat16, or float32 for this layer, holds larger numbers."
-            return Location(tap.path, "output", each.nonfinite, scale, False, reason, tuple(before))
+            return Location(tap.path, "output", each.nonfinite, scale, False, reason, before)
     if not np.isfinite(found.loss):
         before = tuple(_of(*pair) for pair in outputs[-_LAST:])
         reason = f"All outputs are finite, the loss is not: {found.loss}."

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.diagnostics.locate import locate_nonfinite
+from keras_mp.diagnostics.location import locate_nonfinite
 from keras_mp.errors import ArgumentError
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.diagnostics.compare import compare
+from keras_mp.diagnostics.comparison import compare
 from keras_mp.errors import ArgumentError
 
 RNG = np.random.default_rng(0)

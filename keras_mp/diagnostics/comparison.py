@@ -20,7 +20,7 @@ from keras_mp.policies.policy_map import PolicyMap
 __all__ = ["Comparison", "LayerComparison", "compare"]
 
 # An error so many times that of honest rounding is not honest. Errors of models that are rounded at the same places but
-# in another way differ by less: see tests/diagnostics/test_compare.py, which measures it on models without faults.
+# in another way differ by less: see tests/diagnostics/test_comparison.py, which measures it on models without faults.
 _FACTOR = 5.0
 # A tensor whose spread rounding blurs by this share holds numbers, such as ids, times or positions, that are large
 # against their differences.

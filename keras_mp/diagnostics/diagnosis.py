@@ -12,7 +12,7 @@ import keras
 from keras_mp._compat import keras_layers
 from keras_mp.conversion.convert import convert
 from keras_mp.diagnostics import passes, reports
-from keras_mp.diagnostics.compare import Comparison, compare
+from keras_mp.diagnostics.comparison import Comparison, compare
 from keras_mp.diagnostics.formats import FORMATS, best_loss_scale
 from keras_mp.diagnostics.statistics import Statistics
 from keras_mp.errors import ArgumentError, KerasMPWarning
@@ -197,8 +197,9 @@ def _try(
         loss = tensor.losses.get(name)
         if loss is not None and tensor.what == "output" and loss.overflow and not _holds_others(model, tensor.path):
             pinned[re.escape(tensor.path)] = f"{loss.overflow:.1%} of its outputs overflow in {name}"
-        lost = loss is not None and tensor.what == "gradient" and loss.underflow > _LOST
-        if lost and not _holds_others(model, tensor.path):
+        if loss is None or tensor.what != "gradient" or _holds_others(model, tensor.path):
+            continue
+        if loss.underflow > _LOST:
             pinned[re.escape(tensor.path)] = f"{loss.underflow:.0%} of its gradients become zero in {name}"
     pinned = {pattern: why for pattern, why in pinned.items() if _is_layer(model, pattern)}
     for _ in range(_TRIES):

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mp.diagnostics.compare import compare
-from keras_mp.diagnostics.diagnose import diagnose
+from keras_mp.diagnostics.comparison import compare
+from keras_mp.diagnostics.diagnosis import diagnose
 from keras_mp.errors import ArgumentError
 
 RNG = np.random.default_rng(0)
