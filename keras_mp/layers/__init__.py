@@ -39,17 +39,9 @@ from keras_mp.layers.pooling.pooling import (
     GlobalAveragePooling2D,
     GlobalAveragePooling3D,
 )
+from keras_mp.layers.recurrent.cells import GRUCell, LSTMCell, SimpleRNNCell, StackedRNNCells
 from keras_mp.layers.recurrent.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
-from keras_mp.layers.recurrent.recurrent import (
-    GRU,
-    LSTM,
-    RNN,
-    GRUCell,
-    LSTMCell,
-    SimpleRNN,
-    SimpleRNNCell,
-    StackedRNNCells,
-)
+from keras_mp.layers.recurrent.layers import GRU, LSTM, RNN, SimpleRNN
 from keras_mp.layers.resizing import Resizing, UpSampling2D
 from keras_mp.layers.softmax import Softmax
 
