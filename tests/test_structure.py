@@ -98,7 +98,6 @@ LONG = {
     "layers/attention.py": 644,
     "ops/attention/dot_product.py": 662,
     "optimizers/loss_scale_optimizer.py": 507,
-    "training/model.py": 626,
 }
 
 
