@@ -1,4 +1,4 @@
-"""Warnings about a training loop: gradients that nobody scales, and a scale for which most steps are skipped."""
+"""What users are told of a training loop: that nobody scales gradients, or that most or all steps are skipped."""
 
 import warnings
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import execution, keras_hooks, keras_optimizers
-from keras_mp.errors import KerasMPWarning
+from keras_mp._compat import execution, graph_errors, keras_hooks, keras_optimizers
+from keras_mp.errors import KerasMPWarning, LossScaleStuckError
 from keras_mp.optimizers.loss_scale import LossScaleState, LossScaling
 from keras_mp.policies.policy import needs_loss_scaling, stacklevel
 
@@ -21,16 +21,20 @@ _STEPS_TO_JUDGE_BY = 100
 
 
 class SkippedSteps:
-    """Tells the user, once for each optimizer, that most of its steps were skipped.
+    """Tells the user, once for each optimizer, that most of its steps were skipped, or that it is stuck.
 
     Args:
         scaling: the rules of the optimizer's scale, which explain the skips.
+
+    Attributes:
+        stuck_told_at: how many steps had been skipped when the error was raised last; 0 before.
     """
 
     def __init__(self, scaling: LossScaling) -> None:
         self._scaling = scaling
         self._steps_at_begin: tuple[int, int] | None = None
         self._told = False
+        self.stuck_told_at = 0
 
     def begin_training(self, skipped: int, steps: int) -> None:
         """Remembers how many steps were skipped, and how many there were, before the first epoch."""
@@ -84,6 +88,28 @@ class SkippedSteps:
             KerasMPWarning,
             stacklevel=stacklevel(),
         )
+
+    def raise_if_stuck(self, state: LossScaleState, limit: int) -> None:
+        """Raises an error where so many steps in a row were skipped; in a graph, when it runs.
+
+        Args:
+            state: of the scale.
+            limit: so many.
+        """
+
+        def make_error(scale: float, skipped: int, consecutive: int, nonfinite_losses: int) -> LossScaleStuckError:
+            self.stuck_told_at = int(skipped)
+            return LossScaleStuckError(
+                self._scaling.explain_stuck(float(scale), int(consecutive), int(nonfinite_losses))
+            )
+
+        facts = [state.scale, state.skipped_steps, state.consecutive_skips, state.nonfinite_losses]
+        stuck = state.consecutive_skips >= limit
+        if tf.executing_eagerly():
+            if stuck:
+                raise make_error(*(fact.numpy() for fact in facts))
+        elif not execution.in_xla_context():
+            tf.cond(stuck, lambda: graph_errors.raise_from_graph(make_error, facts), tf.no_op)
 
 
 def watch(kind: type, begin: Callable[[Any], None], end_epoch: Callable[[Any], None]) -> None:

@@ -8,16 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp._compat import (
-    execution,
-    graph_errors,
-    keras_files,
-    keras_optimizers,
-    keras_variables,
-    patches,
-)
+from keras_mp._compat import keras_optimizers, keras_variables, patches
 from keras_mp.distribution import replicas
-from keras_mp.errors import ArgumentError, KerasMPWarning, LossScaleStuckError
+from keras_mp.errors import KerasMPWarning
 from keras_mp.optimizers import global_batch, half_variables, loop_warnings, scaled_step, wrapper_arguments
 from keras_mp.optimizers.loss_scale import LossScaleState, LossScaling, all_finite, finite_witness, sum_of_squares
 from keras_mp.optimizers.weight_update import WeightUpdate, replaces_variable, unscale
@@ -141,7 +134,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._scaling = scaling
         self._update = WeightUpdate(inner_optimizer, jit_compile, sum_repeated_ids)
         self._so_far = scaled_step.ScaledStep()
-        self._stuck_told_at = 0
         self._skips = loop_warnings.SkippedSteps(scaling)
 
     @property
@@ -389,13 +381,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Raises:
             ArgumentError: from `model.save` to a `.h5` file, which would lose the state of the inner optimizer.
         """
-        if keras_files.saving_to_h5():
-            raise ArgumentError(
-                "A .h5 file does not keep the state of a LossScaleOptimizer: the slots of the inner optimizer and the "
-                'loss scale would be lost without a word. Save to a format that keeps them: model.save("model.keras"), '
-                'model.save_weights("model.weights.h5") or tf.train.Checkpoint(model=model, optimizer=optimizer). '
-                "For a .h5 file without the optimizer: keras.saving.save_model(model, path, include_optimizer=False)."
-            )
+        wrapper_arguments.refuse_h5()
         config = super().get_config()
         own = {
             **dataclasses.asdict(self._scaling),
@@ -446,8 +432,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _read(self) -> LossScaleState:
         """The state for a user, who is told here where the training step could not tell him that it is stuck."""
         state = self._state()
-        if tf.executing_eagerly() and self.built and int(state.skipped_steps) != self._stuck_told_at:
-            self._raise_if_stuck(state)
+        if tf.executing_eagerly() and self.built and int(state.skipped_steps) != self._skips.stuck_told_at:
+            self._skips.raise_if_stuck(state, self.max_consecutive_skips)
         return state
 
     def _variables_for(
@@ -483,23 +469,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         tf.cond(finite, lambda: self._update(grads, variables, scale, squares), lambda: None)
         state = self._scaling.update(state, finite, loss_finite)
         self._assign_state(state)
-        self._raise_if_stuck(state)
+        self._skips.raise_if_stuck(state, self.max_consecutive_skips)
         self._skips.after_step(state, self.inner_optimizer, self._state)
-
-    def _raise_if_stuck(self, state: LossScaleState) -> None:
-        def make_error(scale: float, skipped: int, consecutive: int, nonfinite_losses: int) -> LossScaleStuckError:
-            self._stuck_told_at = int(skipped)
-            return LossScaleStuckError(
-                self._scaling.explain_stuck(float(scale), int(consecutive), int(nonfinite_losses))
-            )
-
-        facts = [state.scale, state.skipped_steps, state.consecutive_skips, state.nonfinite_losses]
-        stuck = state.consecutive_skips >= self.max_consecutive_skips
-        if tf.executing_eagerly():
-            if stuck:
-                raise make_error(*(fact.numpy() for fact in facts))
-        elif not execution.in_xla_context():
-            tf.cond(stuck, lambda: graph_errors.raise_from_graph(make_error, facts), tf.no_op)
 
 
 loop_warnings.watch(

@@ -4,9 +4,10 @@ from typing import Any
 
 import keras
 
+from keras_mp._compat import keras_files
 from keras_mp.errors import ArgumentError
 
-__all__ = ["as_optimizer", "check", "not_default", "refuse_those_of_inner"]
+__all__ = ["as_optimizer", "check", "not_default", "refuse_h5", "refuse_those_of_inner"]
 
 # Keras's optimizers take these; on a wrapper they do nothing. Old files hold them with these values.
 _INNER_ARGUMENTS: dict[str, Any] = {
@@ -90,3 +91,14 @@ def as_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
             f"keras.optimizers.Adam(1e-3) or 'adam'. Received: {optimizer!r} (of type {type(optimizer).__name__})"
         )
     return optimizer
+
+
+def refuse_h5() -> None:
+    """Raises an error where the arguments are asked for to be written into a file that would lose the state."""
+    if keras_files.saving_to_h5():
+        raise ArgumentError(
+            "A .h5 file does not keep the state of a LossScaleOptimizer: the slots of the inner optimizer and the "
+            'loss scale would be lost without a word. Save to a format that keeps them: model.save("model.keras"), '
+            'model.save_weights("model.weights.h5") or tf.train.Checkpoint(model=model, optimizer=optimizer). '
+            "For a .h5 file without the optimizer: keras.saving.save_model(model, path, include_optimizer=False)."
+        )
