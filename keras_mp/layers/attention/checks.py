@@ -1,4 +1,4 @@
-"""Refuses masks that do not fit, and other calls that attention layers cannot answer, in Keras"s kinds of errors."""
+"""Refuses masks that do not fit, and other calls that attention layers cannot compute, with Keras's kinds of errors."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -40,7 +40,7 @@ class GroupedQueryAttention(keras.layers.GroupQueryAttention):
         query_mask, value_mask, key_mask: bool, of shape `(B, T)` or `(B, S)`, False for padding; Keras passes the masks
             of the tensors.
         attention_mask: bool, of shape `(B, T, S)` or `(B, num_query_heads, T, S)`, or broadcastable to it.
-        return_attention_scores: bool, whether to answer the probabilities as well, `(B, num_query_heads, T, S)`.
+        return_attention_scores: bool, whether to return the probabilities as well, `(B, num_query_heads, T, S)`.
         training: bool, whether to drop.
         use_causal_mask: bool, whether each query sees only keys up to its own position.
 

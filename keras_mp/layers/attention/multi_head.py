@@ -19,12 +19,12 @@ __all__ = ["MultiHeadAttention"]
 
 @keras.saving.register_keras_serializable(package="keras_mp")
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
-    """Attention of several heads with 16-bit products and float32 softmax, in blocks from 1,024 steps on.
+    """Attention of several heads with half-precision matmuls and float32 softmax, in blocks from 1,024 steps on.
 
     A drop-in for `keras.layers.MultiHeadAttention`, with the same arguments and weights. A training step keeps the
-    probabilities in 16 bits for its backward pass; from 1,024 queries and keys on, or where the length is not known in
-    advance, it holds no matrix of them. Masks of padding and of causality are applied as such, without a matrix of
-    pairs. In float16, products of large vectors do not overflow.
+    probabilities in half precision for its backward pass. From 1,024 queries and keys on, or where the length is not
+    known in advance, it holds no matrix of them. Masks of padding and of causality are applied as such, without a
+    matrix of pairs. In float16, products of large vectors do not overflow.
 
     Args:
         num_heads: int, number of attention heads.
@@ -47,14 +47,14 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         query_mask, value_mask, key_mask: bool, of shape `(B, T)` or `(B, S)`, False for padding; Keras passes the masks
             of the tensors.
         attention_mask: bool, of shape `(B, T, S)` or `(B, num_heads, T, S)`, or broadcastable to it; False hides a key.
-        return_attention_scores: bool, whether to answer the probabilities as well, `(B, num_heads, T, S)`.
+        return_attention_scores: bool, whether to return the probabilities as well, `(B, num_heads, T, S)`.
         training: bool, whether to drop.
         use_causal_mask: bool, whether each query sees only keys up to its own position.
 
     Returns:
         Tensor of shape `(B, T, output_shape)` in the compute dtype, and the probabilities if asked for. A query that
         sees no key gets what Keras's layer gives it in float32: the mean of all values, or zeros where dropout is set
-        or the scores are answered.
+        or the scores are returned.
 
     Raises:
         ValueError: if an argument is invalid, the masks do not fit, or scores are asked for with

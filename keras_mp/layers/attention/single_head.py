@@ -92,7 +92,7 @@ class Attention(_SoftmaxOfScores, keras.layers.Attention):
             `(B, Tv, dim)`.
         mask: list of masks of the same, bool, `(B, Tq)` and `(B, Tv)`, or None.
         training: bool, whether to drop.
-        return_attention_scores: bool, whether to answer the probabilities `(B, Tq, Tv)` as well.
+        return_attention_scores: bool, whether to return the probabilities `(B, Tq, Tv)` as well.
         use_causal_mask: bool, whether each query sees only keys up to its own position.
 
     Returns:
@@ -186,7 +186,7 @@ class AdditiveAttention(_SoftmaxOfScores, keras.layers.AdditiveAttention):
 
     A drop-in for `keras.layers.AdditiveAttention`, with the same arguments and weights. In a training step the sums of
     tanh(query + key) are computed in one pass, and again in the backward pass, so that no tensor of shape
-    `(B, Tq, Tv, dim)` is held; the scores `(B, Tq, Tv)` are, in 16 bits.
+    `(B, Tq, Tv, dim)` is held. The scores `(B, Tq, Tv)` are held, in half precision.
 
     Args:
         use_scale: bool, whether to weigh the features. Defaults to True.
@@ -198,7 +198,7 @@ class AdditiveAttention(_SoftmaxOfScores, keras.layers.AdditiveAttention):
             `(B, Tv, dim)`.
         mask: list of masks of the same, bool, `(B, Tq)` and `(B, Tv)`, or None.
         training: bool, whether to drop.
-        return_attention_scores: bool, whether to answer the probabilities `(B, Tq, Tv)` as well.
+        return_attention_scores: bool, whether to return the probabilities `(B, Tq, Tv)` as well.
         use_causal_mask: bool, whether each query sees only keys up to its own position.
 
     Returns:

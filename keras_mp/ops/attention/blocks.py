@@ -1,9 +1,10 @@
 """Attention with queries and keys in blocks, so that memory grows linearly with the length.
 
 Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021, https://arxiv.org/abs/2112.05682; Dao et al.,
-"FlashAttention", 2022, https://arxiv.org/abs/2205.14135. The running maximum and sum of each row, from Milakov and
-Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867, are kept, the sum as
-its logarithm, and the output of each block is normalized before it is added, so that no sum of values leaves float16.
+"FlashAttention", 2022, https://arxiv.org/abs/2205.14135. The running maximum and sum of each row are kept, the
+sum as its logarithm: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018,
+https://arxiv.org/abs/1805.02867. The output of each block is normalized before it is added, so that no sum of values
+leaves float16.
 
 Shapes are written as in `dot_product`.
 """
@@ -221,7 +222,7 @@ def _exact(x: Any) -> Any:
 
 
 def _loop(body: Any, first: Any, last: Any, *state: Any) -> Any:
-    """Runs `body(index, *state)`, which answers the next index and state; one iteration at a time, to save memory."""
+    """Runs `body(index, *state)`, which returns the next index and state; one iteration at a time, to save memory."""
     return tf.while_loop(
         lambda index, *_: index < last,
         body,

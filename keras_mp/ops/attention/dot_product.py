@@ -1,7 +1,7 @@
-"""Softmax attention over 16-bit products that keeps one 16-bit matrix for the backward pass, or none.
+"""Softmax attention with half-precision matmuls, which keeps one matrix for the backward pass, or none.
 
-`whole` keeps the probabilities of all pairs in 16 bits for the backward pass. From a length where it pays, `blocks`
-takes queries and keys in blocks, and memory grows linearly with the length.
+`whole` keeps the probabilities of all pairs in half precision for the backward pass. From a length where it
+pays, `blocks` takes queries and keys in blocks, and memory grows linearly with the length.
 
 Shapes are written with B batch, G groups of heads that share keys and values, R query heads in each, T queries, S keys,
 D features; a block has P queries and Q keys.
@@ -73,7 +73,7 @@ def attend_with_scores(
     hidden_rows_average: bool = False,
     scores_after_dropout: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The same in one block, with the probabilities, of shape (B, heads, T, S), as a second answer."""
+    """The same in one block, which also returns the probabilities, of shape (B, heads, T, S)."""
     heads = query.shape[2]
     outputs, seen, probabilities = _attend(query, key, value, masks, scale, rate, seed, with_scores=True)
     if seen is not None and hidden_rows_average:

@@ -1,4 +1,4 @@
-"""Attention with one matrix of scores, whose probabilities are kept in 16 bits for the backward pass.
+"""Attention with one matrix of scores, whose probabilities are kept in half precision for the backward pass.
 
 Shapes are written as in `dot_product`.
 """
@@ -49,7 +49,7 @@ _from_probabilities_of = fusion.fusible(_from_probabilities)
 def at_once(
     q: Any, k: Any, v: Any, hides: dict[str, Any], settings: Settings, fused: bool, with_scores: bool = False
 ) -> tuple[Any, ...]:
-    """One block of everything; keeps q, k, v and the probabilities, which are a third answer where they are asked for.
+    """One block of everything; keeps q, k, v and the probabilities, and returns these too where `with_scores` is set.
 
     Computing the probabilities again in the backward pass would save their memory, at the cost of a product and of
     their exponentials.
