@@ -1,6 +1,8 @@
 """Keras layers that compute in float32 where half precision is not enough."""
 
-from keras_mp.layers.attention import AdditiveAttention, Attention, GroupedQueryAttention, MultiHeadAttention
+from keras_mp.layers.attention.grouped_query import GroupedQueryAttention
+from keras_mp.layers.attention.multi_head import MultiHeadAttention
+from keras_mp.layers.attention.single_head import AdditiveAttention, Attention
 from keras_mp.layers.conv.convolution import Conv1D, Conv2D, Conv3D
 from keras_mp.layers.conv.depthwise import DepthwiseConv1D, DepthwiseConv2D
 from keras_mp.layers.conv.separable import SeparableConv1D, SeparableConv2D
@@ -39,17 +41,9 @@ from keras_mp.layers.pooling.pooling import (
     GlobalAveragePooling2D,
     GlobalAveragePooling3D,
 )
+from keras_mp.layers.recurrent.cells import GRUCell, LSTMCell, SimpleRNNCell, StackedRNNCells
 from keras_mp.layers.recurrent.conv_lstm import ConvLSTM1D, ConvLSTM2D, ConvLSTM3D
-from keras_mp.layers.recurrent.recurrent import (
-    GRU,
-    LSTM,
-    RNN,
-    GRUCell,
-    LSTMCell,
-    SimpleRNN,
-    SimpleRNNCell,
-    StackedRNNCells,
-)
+from keras_mp.layers.recurrent.layers import GRU, LSTM, RNN, SimpleRNN
 from keras_mp.layers.resizing import Resizing, UpSampling2D
 from keras_mp.layers.softmax import Softmax
 

@@ -1,9 +1,7 @@
 """`Model`: a `keras.Model` whose `fit` compiles by XLA, and runs on several devices and workers, as on one device."""
 
 import contextlib
-import functools
 import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +9,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mp import hardware
-from keras_mp._compat import keras_hooks, keras_layers, keras_models, patches, tf_replicas
+from keras_mp._compat import keras_hooks, keras_models, patches, tf_replicas
 from keras_mp.distribution import replicas, strategies, workers
 from keras_mp.errors import (
     ArgumentError,
-    CompilationError,
     DistributionError,
-    KerasMPError,
     KerasMPWarning,
-    WorkerLostError,
 )
 from keras_mp.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras_mp.policies.policy import stacklevel
+from keras_mp.training import batches, compiling, functions, optimizing
 from keras_mp.training.forward_backward import ForwardBackward, Pass
 from keras_mp.training.penalties import widen_penalties
+from keras_mp.training.predictions import in_float32
+from keras_mp.training.taking_over import inputs_and_outputs
 
 __all__ = ["Functional", "Model"]
 
@@ -121,24 +118,7 @@ class Model(keras.Model):
             >>> model.layers[-1] is sequential.layers[-1]
             True
         """
-        if not isinstance(model, keras.Model):
-            raise ArgumentError(
-                f"from_model() takes a Keras model. Received: {model!r} (of type {type(model).__name__})"
-            )
-        if isinstance(model, keras.Sequential):
-            if not model.built:
-                raise ArgumentError(
-                    f"from_model(): {model.name!r} is a Sequential that does not know its input yet. Begin it with "
-                    "keras.Input(shape), or call model.build(input_shape) first."
-                )
-            inputs, outputs = model.inputs[0], model.outputs[0]
-        elif isinstance(model, keras_models.Functional):
-            inputs, outputs = model.input, model.output
-        else:
-            raise ArgumentError(
-                f"from_model(): {model.name!r} ({type(model).__name__}) is a subclassed model, of which Keras knows no "
-                f"inputs and outputs. Make it `class {type(model).__name__}(keras_mp.Model)` instead."
-            )
+        inputs, outputs = inputs_and_outputs(model)
         own = tf_replicas.strategy_of(model)
         if tf.distribute.has_strategy() and own is not tf.distribute.get_strategy():
             raise DistributionError(
@@ -186,13 +166,15 @@ class Model(keras.Model):
             raise ArgumentError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
         strategies.require_one_strategy(self, None)
         # Before the optimizers are made, whose variables workers create together.
-        workers.require_alike(self, self.distribute_strategy, self._scaling_of(optimizer, auto_scale_loss))
-        compiles, reason = self._choose_jit_compile(jit_compile, run_eagerly)
+        workers.require_alike(self, self.distribute_strategy, optimizing.scaling_of(self, optimizer, auto_scale_loss))
+        compiles, reason = compiling.choose_jit_compile(
+            self, jit_compile, run_eagerly, type(self).train_step is not Model.train_step
+        )
         # What is named by a string is made here, where the model was.
         with contextlib.nullcontext() if tf.distribute.has_strategy() else self.distribute_strategy.scope():
             optimizer = keras.optimizers.get(optimizer)
             scales = optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-            if auto_scale_loss and not scales and self._computes_in_float16():
+            if auto_scale_loss and not scales and optimizing.computes_in_float16(self):
                 optimizer = LossScaleOptimizer(optimizer)
             strategies.require_one_strategy(self, optimizer)
             super().compile(
@@ -253,7 +235,7 @@ class Model(keras.Model):
         replicas.assign_from_replicas(done.state, share)
         if variables:
             optimizer.scale_loss(done.loss)
-            self._apply(done.gradients, variables)
+            optimizing.apply(self.optimizer, done.gradients, variables)
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return self._metrics_of(done, x, y, sample_weight, rows)
@@ -293,19 +275,21 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Makes what `fit` calls for each batch, or several; see `keras.Model.make_train_function`."""
         if self.train_function is None or force:
-            self.train_function = self._make_function_of(self.train_step, type(self).train_step is Model.train_step)
+            is_ours = type(self).train_step is Model.train_step
+            self.train_function = functions.make_function_of(self, self.train_step, is_ours)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Any:
         """Makes what `evaluate` calls for each batch, or several; see `keras.Model.make_test_function`."""
         if self.test_function is None or force:
-            self.test_function = self._make_function_of(self.test_step, type(self).test_step is Model.test_step)
+            is_ours = type(self).test_step is Model.test_step
+            self.test_function = functions.make_function_of(self, self.test_step, is_ours)
         return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Any:
         """Makes what `predict` calls for each batch, or several; see `keras.Model.make_predict_function`."""
         if self.predict_function is None or force:
-            with self._keras_compiling(type(self).predict_step is not Model.predict_step):
+            with functions.keras_compiling(self, type(self).predict_step is not Model.predict_step):
                 super().make_predict_function(force=True)
         return self.predict_function
 
@@ -337,9 +321,9 @@ class Model(keras.Model):
             # Callbacks that restore it would build it outside the scope.
             with strategy.scope():
                 self.optimizer.build(self.trainable_variables)
-        with self._errors_in_words(), self._checking_batches():
+        with compiling.errors_in_words(self), self._checking_batches():
             if self.compiled:  # policies, and what is made late, may be others than when it was compiled
-                workers.require_alike(self, strategy, self._scaling_of(self.optimizer, False))
+                workers.require_alike(self, strategy, optimizing.scaling_of(self, self.optimizer, False))
             return super().fit(**given)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -353,7 +337,7 @@ class Model(keras.Model):
             The loss and metrics.
         """
         strategies.require_one_strategy(self, None)
-        with self._errors_in_words(), self._checking_batches(False):
+        with compiling.errors_in_words(self), self._checking_batches(False):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -367,68 +351,17 @@ class Model(keras.Model):
             NumPy arrays of the outputs, on every worker those for all rows.
         """
         strategies.require_one_strategy(self, None)
-        with self._errors_in_words():
+        with compiling.errors_in_words(self):
             return super().predict(*args, **kwargs)
-
-    def _scaling_of(self, optimizer: Any, automatic: bool) -> str:
-        """In words, how the loss is scaled by an optimizer, or by the one that is put around it."""
-        if isinstance(optimizer, LossScaleOptimizer):
-            return f"LossScaleOptimizer, reduce_dtype={optimizer.reduce_dtype!r}"
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            return "Keras's LossScaleOptimizer"
-        wraps = automatic and optimizer is not None and self._computes_in_float16()
-        return "LossScaleOptimizer, reduce_dtype='float32'" if wraps else "none"
-
-    def _computes_in_float16(self) -> bool:
-        return any(layer.compute_dtype == "float16" for layer in keras_models.layers(self))
-
-    def _choose_jit_compile(self, asked: "bool | str", run_eagerly: bool) -> tuple[bool, str]:
-        """Whether XLA compiles the passes, and why."""
-        unable = [
-            f"{layer.name!r} ({type(layer).__name__})" for layer in keras_models.layers(self) if not layer.supports_jit
-        ]
-        if asked is False:
-            return False, "jit_compile=False"
-        if run_eagerly:
-            return bool(asked is True), "not compiled: run_eagerly=True runs op by op"
-        if asked is True:
-            if unable:
-                raise CompilationError(
-                    f"jit_compile=True: XLA cannot compile {_listed(unable)} of {self.name!r}. Apply what prepares "
-                    "data in dataset.map(...) before the model, or compile the model with jit_compile=False."
-                )
-            return True, f"jit_compile=True: XLA compiles {self._what_is_compiled()}."
-        if unable:
-            return False, f'not compiled: jit_compile="auto", and XLA cannot compile {_listed(unable)}.'
-        here = hardware.detect_for(self.distribute_strategy)
-        if not here.recommended_jit_compile:
-            return False, f'not compiled: jit_compile="auto". {here.reason}'
-        return True, f'jit_compile="auto": XLA compiles {self._what_is_compiled()}. {here.reason}'
-
-    def _what_is_compiled(self) -> str:
-        names = ForwardBackward(self).synchronized_layers() if self.distribute_strategy.num_replicas_in_sync > 1 else []
-        between = f" between the layers that add up over replicas ({_listed(map(repr, names))})" if names else ""
-        several = self.distribute_strategy.num_replicas_in_sync > 1
-        of_base = " of `super().train_step`" if several and type(self).train_step is not Model.train_step else ""
-        return f"the forward and backward pass{of_base}{between}"
 
     def _run(self, *arguments: Any, **settings: Any) -> Pass:
         if self._forward_backward is None:
             self._forward_backward = ForwardBackward(self)
         return self._forward_backward(*arguments, jit_compile=bool(self.jit_compile), **settings)
 
-    def _apply(self, gradients: list[Any], variables: list[keras.Variable]) -> None:
-        if not isinstance(self.optimizer, LossScaleOptimizer):  # which casts where it computes with them
-            pairs = zip(gradients, variables, strict=True)
-            gradients = [gradient if gradient is None else tf.cast(gradient, v.dtype) for gradient, v in pairs]
-        if isinstance(self.optimizer, LossScaleOptimizer) or not tf.distribute.has_strategy():
-            self.optimizer.apply(gradients, variables)
-        else:
-            replicas.apply_on_each_device(self.optimizer, gradients, variables)
-
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Keras's, of predictions in float32: in 16 bits top-k metrics raise, and those of one's own round on."""
-        return super().compute_metrics(x, y, keras.tree.map_structure(_in_float32, y_pred), sample_weight)
+        return super().compute_metrics(x, y, keras.tree.map_structure(in_float32, y_pred), sample_weight)
 
     def _share_of_batch(self, x: Any) -> tuple["tf.Tensor | None", tf.Tensor]:
         first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
@@ -459,77 +392,9 @@ class Model(keras.Model):
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return
-        peeked = None if iterator is None else keras_models.first_of_generator(iterator)
-        if peeked is not None:
-            replicas, size = strategy.num_replicas_in_sync, keras.ops.shape(keras.tree.flatten(peeked)[0])[0]
-            rows = [size // replicas + (index < size % replicas) for index in range(replicas)]
-        elif iterator is not None:
-            for _, _, batches in iterator:
-                data_batch = next(batches)
-                break
-            rows = strategies.rows_of_replicas(strategy, data_batch)
-        if iterator is not None and self._checks_batches:
-            self._require_even_batch(rows, iterator.num_batches)
-        if peeked is None:
-            peeked = keras.tree.map_structure(
-                lambda value: None if value is None else strategy.experimental_local_results(value)[0], data_batch
-            )
+        first = batches.first_of_replica(strategy, iterator, data_batch, checks=self._checks_batches)
         with strategy.scope():
-            keras_models.build(self, peeked)
-
-    def _require_even_batch(self, rows: list[int], batches: "int | None") -> None:
-        replicas, size = len(rows), sum(rows)
-        if size < replicas:
-            raise DistributionError(
-                f"The first batch has {size} row{'s' * (size != 1)} for {replicas} replicas, so that some would have "
-                f"none. Make batches of at least {replicas} rows: a batch is that of all replicas, and "
-                f"batch_size={replicas} gives each of them one."
-            )
-        if len(set(rows)) > 1 and batches != 1:
-            below, above = size // replicas * replicas, -(-size // replicas) * replicas
-            raise DistributionError(
-                f"A batch of {size} rows does not divide among {replicas} replicas: they would have {rows}. Make it "
-                f"batch_size={below} or batch_size={above}, of which each has as many. Only the last batch of an epoch "
-                "may be uneven."
-            )
-
-    def _make_function_of(self, step: Any, is_ours: bool) -> Any:
-        strategy = self.distribute_strategy
-        several_workers = workers.is_one_of_several(strategy)
-
-        def on_replica(data: Any) -> Any:
-            logs = step(data)
-            # Keras averages what workers answer over an axis that a scalar does not have.
-            return keras.tree.map_structure(lambda value: tf.reshape(value, [1]), logs) if several_workers else logs
-
-        # Around all replicas XLA compiles nothing; a step that is not ours it compiles as a whole where there is one.
-        with self._keras_compiling(not is_ours and strategy.num_replicas_in_sync == 1):
-            function = keras_models.make_function(self, on_replica)
-        # Keras's loop in a graph over `steps_per_execution` batches loses what replicas capture in it.
-        in_python = strategy.num_replicas_in_sync > 1 and not isinstance(strategy, tf.distribute.TPUStrategy)
-        return functools.partial(self._one_by_one, function) if in_python else function
-
-    def _one_by_one(self, function: Any, iterator: Any) -> Any:
-        steps, self.steps_per_execution = self.steps_per_execution, 1
-        try:
-            logs = function(iterator)
-            for _ in range(steps - 1):
-                try:
-                    logs = function(iterator)
-                except (StopIteration, tf.errors.OutOfRangeError):
-                    break
-        finally:
-            self.steps_per_execution = steps
-        return logs
-
-    @contextlib.contextmanager
-    def _keras_compiling(self, wanted: bool) -> Iterator[None]:
-        asked = self.jit_compile
-        self.jit_compile = asked and wanted
-        try:
-            yield
-        finally:
-            self.jit_compile = asked
+            keras_models.build(self, first)
 
     _checks_batches = False
 
@@ -540,34 +405,6 @@ class Model(keras.Model):
             yield
         finally:
             self._checks_batches = before
-
-    @contextlib.contextmanager
-    def _errors_in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except tf.errors.OpError as error:
-            if isinstance(error, KerasMPError):
-                raise
-            words = workers.explain_loss(error, self.distribute_strategy)
-            if words:
-                raise WorkerLostError(words) from error
-            if self.jit_compile and "XLA" in error.message:
-                raise CompilationError(self._explain_compiler(error.message)) from error
-            raise
-
-    def _explain_compiler(self, message: str) -> str:
-        # Operations are named by the scopes they were made in, and each layer opens one of its name, or with a number.
-        parts = set(re.findall(r"[\w.-]+", " ".join(re.findall(r"\{\{node ([^}]*)\}\}", message))))
-        parts |= {re.sub(r"_\d+$", "", part) for part in parts}
-        inner = [layer for layer in keras_models.children(self) if layer.name in parts]
-        leaves = [layer for layer in inner if not any(each in inner for each in keras_models.children(layer))]
-        named = [f"{layer.name!r} ({type(layer).__name__})" for layer in leaves]
-        operations = ", ".join(sorted(set(re.findall(r"(\w+) \(No registered", message))))
-        what = f"XLA cannot compile {_listed(named) if named else 'a part'} of {self.name!r}"
-        return (
-            f"{what}{f': it uses {operations}' if operations else ''}. Apply what prepares data in dataset.map(...) "
-            f"before the model, or compile the model with jit_compile=False. XLA says: {message}"
-        )
 
 
 @keras.saving.register_keras_serializable(package="keras_mp")
@@ -582,14 +419,6 @@ class Functional(Model, keras_models.Functional):
     """
 
 
-def _in_float32(prediction: Any) -> Any:
-    """A prediction of 16 bits in float32, with its mask."""
-    if not isinstance(prediction, tf.Tensor) or prediction.dtype not in (tf.float16, tf.bfloat16):
-        return prediction
-    wide, mask = tf.cast(prediction, tf.float32), keras_layers.mask_of(prediction)
-    return wide if mask is None else keras_layers.with_mask(wide, mask)
-
-
 def _make_functional(cls: type) -> type:
     """Lets a subclass of `Model` that calls `super().__init__(inputs, outputs)` inherit from `Functional`.
 
@@ -600,12 +429,6 @@ def _make_functional(cls: type) -> type:
     if issubclass(cls, Model):
         cls.__bases__ = tuple(_make_functional(base) for base in cls.__bases__)
     return cls
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    shown = ", ".join(names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def _warn_of_replicas_of_keras(model: keras.Model) -> None:

@@ -6,8 +6,10 @@ import keras
 import tensorflow as tf
 
 from keras_mp._compat import keras_layers, keras_variables
-from keras_mp.layers.recurrent.recurrent import Cell, WideStates, masked
+from keras_mp.layers.recurrent.cells import Cell
+from keras_mp.layers.recurrent.layers import WideStates
 from keras_mp.ops import fusion, matmul
+from keras_mp.ops.recurrence import masked
 
 __all__ = ["ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "ConvLSTMCell"]
 

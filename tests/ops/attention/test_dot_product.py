@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_mp import layers
+from keras_mp.ops.attention import blocks as in_blocks
 from keras_mp.ops.attention import dot_product
-from keras_mp.ops.attention.dot_product import Masks, attend, attend_with_scores
+from keras_mp.ops.attention.dot_product import attend, attend_with_scores
+from keras_mp.ops.attention.masks import Masks
 from tests.contract.layer_contract import assert_close
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -24,7 +26,7 @@ SEED = tf.constant([3, 4])
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(dot_product, "BLOCK", 4)
+    monkeypatch.setattr(in_blocks, "BLOCK", 4)
 
 
 def problem(dtype, batch=2, queries=9, keys=7, groups=2, repeats=2, features=3, outputs=5, size=1.0, seed=0):
@@ -478,7 +480,7 @@ def test_no_matrix_of_scores_is_held_in_float32(policy, call):
 
 
 def test_no_matrix_of_scores_is_held_from_the_length_where_it_pays(monkeypatch):
-    monkeypatch.setattr(dot_product, "BLOCK", 128)
+    monkeypatch.setattr(in_blocks, "BLOCK", 128)
     size = dot_product.BLOCKWISE_FROM
     largest, total = {}, {}
     for arguments in ({}, {"dropout": 0.1}):

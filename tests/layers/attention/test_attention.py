@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_mp import layers
 from keras_mp.errors import ArgumentError
-from keras_mp.ops.attention import dot_product
+from keras_mp.ops.attention import blocks
 from tests.contract.layer_contract import Case, assert_close, contract, gradients_of
 
 SHAPES = [(4, 6, 8), (4, 5, 8)]
@@ -142,7 +142,7 @@ def numbers(*shapes):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_function_as_stock_in_float32(kind, options, flash_attention, monkeypatch):
-    monkeypatch.setattr(dot_product, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     make = KINDS[kind]
     ours = make(layers, **options, flash_attention=flash_attention)
     layer, stock = twins(ours, make(keras.layers, **options), SHAPES)
@@ -403,7 +403,7 @@ LARGE = [
 
 @pytest.mark.parametrize(("kind", "arguments"), [*LARGE, ("MultiHeadAttention", {"flash_attention": True})], ids=str)
 def test_large_queries_and_keys(kind, arguments, monkeypatch):
-    monkeypatch.setattr(dot_product, "BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     large(layers, kind, **arguments)
 
 
