@@ -15,6 +15,7 @@ from keras_mp.conversion.convert import convert
 from keras_mp.diagnostics import passes, reports
 from keras_mp.diagnostics.formats import FORMATS
 from keras_mp.diagnostics.taps import Tap
+from keras_mp.ops import fusion
 from keras_mp.policies.policy_map import PolicyMap
 
 __all__ = ["Comparison", "LayerComparison", "compare"]
@@ -253,7 +254,7 @@ def _rounded(y: Any, dtype: str, noise: bool) -> Any:
         # The digits only: what a format's range costs is a fault, and gradients have no loss scale here.
         return tf.where(kept, x, _digits(shifted, _digits_of(dtype)))
 
-    @tf.custom_gradient
+    @fusion.custom_gradient
     def run(x: tf.Tensor) -> Any:
         return round_once(x), round_once
 
@@ -296,7 +297,7 @@ def _judge(
     exact, found, *simulated = (each[keep] for each in (exact, found, *simulated))
     spread = float(exact.std()) if exact.size > 1 else abs(float(exact.sum()))
     spread = spread or float(np.sqrt((exact**2).mean())) if exact.size else 1.0
-    error, *costs = (_rms(each - exact) / spread if spread else 0.0 for each in (found, *simulated))
+    error, *costs = (_root_mean_square(each - exact) / spread if spread else 0.0 for each in (found, *simulated))
     expected = max(costs)
     norms = math.sqrt((exact**2).sum() * (found**2).sum())
     cosine = float((exact * found).sum() / norms) if norms else float(not exact.any() and not found.any())
@@ -304,7 +305,7 @@ def _judge(
     zeros = float((found[there] == 0).mean()) if there.any() else 0.0
     zeros_by_rounding = max(float((each[there] == 0).mean()) for each in simulated) if there.any() else 0.0
     epsilon = FORMATS[dtype].epsilon if dtype in FORMATS else 0.0
-    blurred = epsilon * _rms(exact) / spread / math.sqrt(12) if spread else 0.0
+    blurred = epsilon * _root_mean_square(exact) / spread / math.sqrt(12) if spread else 0.0
     # A rectifier or a maximum takes the other side for a share of its inputs that is proportional to their error. Each
     # of these changes a gradient as a whole, so that the error of gradients grows with the square root.
     floor = _FACTOR * coarsest if what == "output" else 3 * math.sqrt(coarsest / 2)
@@ -321,5 +322,5 @@ def _judge(
     return LayerComparison(path, what, dtype, error, expected, cosine, zeros, nonfinite, verdict)
 
 
-def _rms(x: np.ndarray) -> float:
+def _root_mean_square(x: np.ndarray) -> float:
     return float(np.sqrt((x**2).mean())) if x.size else 0.0

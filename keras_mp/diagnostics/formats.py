@@ -95,7 +95,5 @@ def best_loss_scale(gradients: Iterable[Statistics], format: Format, largest: in
     if not most:
         return 0
     room = math.floor(math.log2(format.limit / most)) - 1
-    # Beyond the point where nothing becomes zero, a larger scale gains nothing.
-    smallest = min(each.smallest for each in found)
-    enough = math.ceil(format.normal - math.log2(smallest)) if math.isfinite(smallest) else 0
-    return int(max(min(room, max(enough, 0), largest), 0 if room >= 0 else room))
+    # As high as it goes: a loss scale that starts too low climbs by one factor of two in thousands of steps.
+    return int(min(room, largest))

@@ -65,8 +65,8 @@ class Location:
 
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="last")], name="net")
     >>> model.compile("sgd", "mse")
-    >>> model.set_weights([[[float("nan")]], [0.0]])
-    >>> location = locate_nonfinite(model, ([[1.0]], [[1.0]]))
+    >>> model.set_weights([np.array([[np.nan]]), np.array([0.0])])
+    >>> location = locate_nonfinite(model, (np.ones((1, 1)), np.ones((1, 1))))
     >>> location.layer, location.what, location.count
     ('net/last', 'weight', 1)
     """

@@ -61,7 +61,7 @@ class Report:
             for number, column in enumerate(table.columns):
                 drawn.add_column(column, overflow="fold", ratio=None if number else 1)
             for row in table.rows[:_ROWS]:
-                drawn.add_row(*(html_free(cell) for cell in row))
+                drawn.add_row(*(_plain_text(cell) for cell in row))
             console.print(drawn)
             if len(table.rows) > _ROWS:
                 console.print(f"... and {len(table.rows) - _ROWS} more; `to_json()` and `save()` have all of them.")
@@ -121,7 +121,7 @@ def label_rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def html_free(text: str) -> str:
+def _plain_text(text: str) -> str:
     """Returns text that rich takes for text, not for its markup."""
     return str(text).replace("[", "\\[")
 

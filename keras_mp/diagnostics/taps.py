@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_mp._compat import execution, keras_calls, keras_layers
 from keras_mp.diagnostics.statistics import LENGTH, Statistics, statistics
+from keras_mp.ops import fusion
 
 __all__ = ["Tap", "Taps"]
 
@@ -152,7 +153,7 @@ class Taps:
         tap = Tap(path, backward, number, y.dtype.name, shape)
         self._slot(tap)  # in the order of the forward pass
 
-        @tf.custom_gradient
+        @fusion.custom_gradient
         def with_gradient(y: tf.Tensor) -> Any:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
                 self._add(tap, upstream, in_xla)
