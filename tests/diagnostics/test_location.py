@@ -96,7 +96,7 @@ def test_nothing_is_found_where_all_is_finite_and_nothing_changes(policy):
     keras.config.set_dtype_policy(policy)
     layers = [keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
     model = functional([*layers, keras.layers.Dense(2)])
-    model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.SGD()), "mse", metrics=["mae"])
+    model.compile(keras_mp.LossScaleOptimizer(keras.optimizers.SGD(), 1024.0), "mse", metrics=["mae"])
     before = [np.array(v) for v in model.variables]
     assert locate_nonfinite(model, (X, Y)) is None
     for variable, value in zip(model.variables, before, strict=True):
