@@ -160,7 +160,7 @@ def test_openvino_reads_exports_without_tensorflow(exports, tmp_path):
     # Of strings it has none of TensorFlow's operations without a package of its own.
     read = [exported for exported in exports if exported.name != "strings"]
     assert {exported.variant for exported in read} == set(TOLERANCE)
-    for exported, found in zip(read, run_program("openvino.py", read, tmp_path), strict=True):
+    for exported, found in zip(read, run_program("read_with_openvino.py", read, tmp_path), strict=True):
         assert_answers(exported, found)
 
 
@@ -168,7 +168,7 @@ def test_onnxruntime_reads_what_tf2onnx_makes_of_float32_products(exports, tmp_p
     names = ("digits", "recommender")  # of a transformer tf2onnx takes half a minute
     read = [each for each in exports if each.variant in ("float32", "half") and each.name in names]
     assert len(read) == 4
-    for exported, found in zip(read, run_program("onnx.py", read, tmp_path), strict=True):
+    for exported, found in zip(read, run_program("read_with_onnx.py", read, tmp_path), strict=True):
         assert_answers(exported, found)
 
 
