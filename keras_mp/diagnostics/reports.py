@@ -104,7 +104,10 @@ _ROWS = 30
 
 def axes(rows: int) -> tuple[Any, Any]:
     """Returns a Matplotlib figure that has a line for each row, and its axes."""
-    from matplotlib.figure import Figure  # late: few reports are drawn
+    try:
+        from matplotlib.figure import Figure  # late: few reports are drawn
+    except ModuleNotFoundError:
+        raise ArgumentError("Pictures of reports need Matplotlib. Type: pip install matplotlib") from None
 
     figure = Figure(figsize=(9, 1 + 0.2 * rows))
     drawn = figure.add_subplot()
