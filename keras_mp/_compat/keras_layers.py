@@ -38,6 +38,7 @@ __all__ = [
     "tracked",
     "tracker_like",
     "unlocked",
+    "with_attachments",
     "with_logits",
     "with_mask",
     "without_attribute",
@@ -65,6 +66,13 @@ def with_mask(tensor: Any, mask: Any) -> Any:
     """Attaches a Keras mask, and returns the tensor."""
     tensor._keras_mask = mask
     return tensor
+
+
+def with_attachments(tensor: Any, mask: Any, logits: Any) -> Any:
+    """Attaches a mask and logits, each unless it is None, and returns the tensor."""
+    if mask is not None:
+        tensor = with_mask(tensor, mask)
+    return tensor if logits is None else with_logits(tensor, logits)
 
 
 # Keras has no public name for the layers inside a layer that is not a model.

@@ -258,10 +258,7 @@ def _rounded(y: Any, dtype: str, noise: bool) -> Any:
     def run(x: tf.Tensor) -> Any:
         return round_once(x), round_once
 
-    followed = run(y)
-    logits, mask = keras_layers.logits_of(y), keras_layers.mask_of(y)
-    followed = followed if logits is None else keras_layers.with_logits(followed, logits)
-    return followed if mask is None else keras_layers.with_mask(followed, mask)
+    return keras_layers.with_attachments(run(y), keras_layers.mask_of(y), keras_layers.logits_of(y))
 
 
 def _round_weights(model: keras.Model, formats: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """`locate_nonfinite`: the first value of a training step that is infinite or NaN, and what is to blame for it."""
 
 import dataclasses
-import json
 from typing import Any
 
 import keras
@@ -9,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mp._compat import keras_layers
-from keras_mp.diagnostics import passes
+from keras_mp.diagnostics import passes, reports
 from keras_mp.diagnostics.statistics import Statistics
 from keras_mp.diagnostics.taps import Tap
 
@@ -88,7 +87,7 @@ class Location:
 
     def to_json(self) -> str:
         """Returns the location as JSON, in which infinities are strings."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=1)
+        return reports.as_json(self)
 
 
 def locate_nonfinite(model: keras.Model, batch: Any) -> Location | None:
@@ -226,11 +225,3 @@ def _of(tap: Tap, found: Statistics) -> Magnitude:
 
 def _magnitude(path: str, what: str, dtype: str, shape: Any, found: Statistics) -> Magnitude:
     return Magnitude(path, what, dtype, shape, found.largest, found.rms, found.infinities, found.nans)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

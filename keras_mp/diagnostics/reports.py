@@ -11,7 +11,7 @@ from typing import Any
 
 from keras_mp.errors import ArgumentError
 
-__all__ = ["Report", "Table", "axes", "label_rows"]
+__all__ = ["Report", "Table", "as_json", "axes", "label_rows"]
 
 _WIDTH = 80
 
@@ -69,7 +69,7 @@ class Report:
 
     def to_json(self) -> str:
         """Returns the whole report as JSON. Infinities and NaN are strings."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=1)  # type: ignore[call-overload]
+        return as_json(self)
 
     def plot(self, path: "str | pathlib.Path") -> None:
         """Writes the picture of the report.
@@ -135,6 +135,11 @@ def _html_table(table: Table) -> str:
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def as_json(report: Any) -> str:
+    """Returns a dataclass as JSON. Infinities and NaN are strings."""
+    return json.dumps(_plain(dataclasses.asdict(report)), indent=1)
 
 
 def _plain(value: Any) -> Any:

@@ -161,10 +161,7 @@ class Taps:
 
             return tf.identity(y), gradient
 
-        followed = with_gradient(y)
-        logits, mask = keras_layers.logits_of(y), keras_layers.mask_of(y)
-        followed = followed if logits is None else keras_layers.with_logits(followed, logits)
-        return followed if mask is None else keras_layers.with_mask(followed, mask)
+        return keras_layers.with_attachments(with_gradient(y), keras_layers.mask_of(y), keras_layers.logits_of(y))
 
     def _add(self, tap: Tap, x: tf.Tensor, in_xla: bool) -> None:
         self._slot(tap).add(x, in_xla)

@@ -94,7 +94,9 @@ class ForwardBackward:
                 found = self._take_compiled(*arguments, **settings)
         else:
             found = self._run(_total_over_replicas, *arguments, **settings)
-        outputs = keras.tree.map_structure(_with_attachments, found["outputs"], found["masks"], found["logits"])
+        outputs = keras.tree.map_structure(
+            keras_layers.with_attachments, found["outputs"], found["masks"], found["logits"]
+        )
         state = [(self._assigned[key], value) for key, value in found["state"].items()]
         return Pass(found["loss"], found["gradients"], outputs, state)
 
@@ -271,9 +273,3 @@ def _replica_seed() -> tf.Tensor | None:
         return None
     replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
     return tf.stack([replica * _SEED_STRIDE, tf.zeros_like(replica)])
-
-
-def _with_attachments(tensor: Any, mask: Any, logits: Any) -> Any:
-    if mask is not None:
-        tensor = keras_layers.with_mask(tensor, mask)
-    return tensor if logits is None else keras_layers.with_logits(tensor, logits)
