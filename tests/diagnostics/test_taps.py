@@ -113,3 +113,11 @@ def test_layers_are_chosen_by_pattern():
     assert [(tap.path, tap.what) for tap in taps.read()] == [("net/hidden", "output")]
     taps.reset()
     assert [found.size for found in taps.read().values()] == [0]
+
+
+def test_symbolic_calls_are_not_followed():
+    model = model_of()
+    taps = Taps(model)
+    with taps.active():
+        model(keras.Input((4,)))
+    assert taps.read() == {}
